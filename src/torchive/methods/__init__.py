@@ -1,0 +1,1 @@
+"""The archive: one module, or one small folder, per published method."""

@@ -1,0 +1,1 @@
+"""Images or clips to feature levels."""

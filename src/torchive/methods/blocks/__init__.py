@@ -1,0 +1,1 @@
+"""Tensor to tensor parts: activations, norms, attention, context."""

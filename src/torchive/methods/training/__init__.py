@@ -1,0 +1,1 @@
+"""Procedures around a model."""

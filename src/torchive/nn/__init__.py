@@ -1,0 +1,7 @@
+"""Parts without a paper of their own that two or more methods use."""
+
+from torchive.nn.classifier import Classifier
+from torchive.nn.network import build_features, build_network
+from torchive.nn.segmenter import Segmenter
+
+__all__ = ["Classifier", "Segmenter", "build_features", "build_network"]

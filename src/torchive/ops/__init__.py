@@ -1,0 +1,1 @@
+"""Pure functions: boxes, masks, sampling grids, assignment."""
