@@ -29,7 +29,9 @@ def build_network(name: str, *, num_classes: int, in_channels: int = 3, **option
     return network
 
 
-def build_features(name: str | nn.Module, *, in_channels: int = 3, out_indices: tuple[int, ...] | None = None) -> nn.Module:
+def build_features(
+    name: str | nn.Module, *, in_channels: int = 3, out_indices: tuple[int, ...] | None = None
+) -> nn.Module:
     """A backbone by name, or the backbone given, with ``levels`` telling channels and stride of each map.
 
     Raises:
@@ -37,7 +39,9 @@ def build_features(name: str | nn.Module, *, in_channels: int = 3, out_indices: 
     """
     if isinstance(name, nn.Module):
         if not isinstance(name, Backbone):
-            raise ValueError(f"a backbone needs `levels` and a `forward` that returns a list; {type(name).__name__} lacks them")
+            raise ValueError(
+                f"a backbone needs `levels` and a `forward` that returns a list; {type(name).__name__} lacks them"
+            )
         return name
     library, model = _split(name)
     if library == "timm":
@@ -83,7 +87,8 @@ def _stride_ends(network: nn.Module) -> list[tuple[str, Level]]:
     """Name and shape of the last top-level stage at each stride, found by one pass over a 64-pixel image."""
     seen: dict[int, tuple[str, Level]] = {}
     size = 64
-    container = network.features if isinstance(getattr(network, "features", None), nn.Sequential) else network
+    features = getattr(network, "features", None)
+    container = features if isinstance(features, nn.Sequential) else network
     prefix = "features." if container is not network else ""
 
     def note(name: str) -> Any:
