@@ -140,7 +140,9 @@ def parse_card(values: dict[str, Any], source: str) -> Card:
         if getattr(card, key) not in allowed:
             raise CardError(f"{source}: {key} is {getattr(card, key)!r}; allowed: {', '.join(allowed)}")
     if card.state == "built" and not card.class_path.startswith("torchive.methods."):
-        raise CardError(f"{source}: a built card needs class = 'torchive.methods.KIND.MODULE:Class', got {card.class_path!r}")
+        raise CardError(
+            f"{source}: a built card needs class = 'torchive.methods.KIND.MODULE:Class', got {card.class_path!r}"
+        )
     return card
 
 

@@ -52,7 +52,9 @@ def table_text() -> str:
             verdict = record.get("verdict", {}).get("verdict", "-")
             rows.append(f"| `{name}` | {card['kind']} | {proof} | {verdict} | {card['en']} |")
     states = Counter(card["state"] for card in cards.values())
-    return "\n".join([f"{states['built']} of {len(cards)} methods are built; the rest stand in the catalogue as planned.", "", *rows])
+    return "\n".join(
+        [f"{states['built']} of {len(cards)} methods are built; the rest stand in the catalogue as planned.", "", *rows]
+    )
 
 
 def readme_text() -> str:

@@ -57,7 +57,11 @@ def _fold(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def _aliases() -> dict[str, str]:
-    return {_fold(alias): name for name, card in index().items() for alias in (name, card["title"], *card.get("aliases", ()))}
+    return {
+        _fold(alias): name
+        for name, card in index().items()
+        for alias in (name, card["title"], *card.get("aliases", ()))
+    }
 
 
 def _by_alias(name: str) -> str | None:
