@@ -1,0 +1,51 @@
+"""Sample sets, readers of the users' formats, checks of what was read, and batches.
+
+The names below are resolved when first asked for, so that listing sample sets imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchive.data.faults import CheckReport, DataError, Fault
+    from torchive.data.fetching import fetch
+    from torchive.data.loader import Loader, collate
+    from torchive.data.opening import open_data
+    from torchive.data.samples import SampleSet, SampleSetInfo
+    from torchive.data.sets.registry import SAMPLE_SETS
+
+_HOMES = {
+    "CheckReport": "faults",
+    "DataError": "faults",
+    "Fault": "faults",
+    "Loader": "loader",
+    "SAMPLE_SETS": "sets.registry",
+    "SampleSet": "samples",
+    "SampleSetInfo": "samples",
+    "collate": "loader",
+    "fetch": "fetching",
+    "open_data": "opening",
+}
+
+__all__ = [
+    "SAMPLE_SETS",
+    "CheckReport",
+    "DataError",
+    "Fault",
+    "Loader",
+    "SampleSet",
+    "SampleSetInfo",
+    "collate",
+    "fetch",
+    "open_data",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'torchive.data' has no attribute {name!r}")
+    value = getattr(import_module(f"torchive.data.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""The sample sets: ``registry`` lists them; each other module has ``load(split)``."""

