@@ -6,5 +6,7 @@ from torchive.engine.convert import convert as convert
 from torchive.engine.factory import create_method as create_method
 from torchive.engine.factory import create_model as create_model
 from torchive.methods.blocks.dynamic_relu import DynamicReLU as DynamicReLU
+from torchive.methods.segmentation.attention_unet import AttentionGate as AttentionGate
+from torchive.methods.segmentation.attention_unet import AttentionUNet as AttentionUNet
 
 __version__: str
