@@ -85,15 +85,14 @@ class DynamicReLU(nn.Module):
         return self._pieces(x)
 
     def _pieces(self, x: Tensor) -> Tensor:
-        axes = [1] * (x.ndim - 2)
         context = x.mean(tuple(range(2, x.ndim)))  # (N, C)
         residual = 2 * self.hyper(context).sigmoid() - 1  # (N, 2KC), in (-1, 1)
         residual = residual.unflatten(1, (-1, 2 * self.pieces)) * self.scale.to(x.dtype)  # (N, C or 1, 2K)
-        parts = residual.permute(2, 0, 1).contiguous().view(2, self.pieces, len(x), -1, *axes)  # (2, K, N, C or 1, 1..)
+        parts = residual.permute(2, 0, 1).contiguous()[(..., *[None] * (x.ndim - 2))]  # (2K, N, C or 1, 1..)
         pi = self._attention(x)
         y: Tensor | None = None
         for k in range(self.pieces):
-            slope, offset = parts[0, k], parts[1, k]
+            slope, offset = parts[k], parts[self.pieces + k]
             if pi is None:
                 piece = torch.addcmul(offset, slope + 1 if k == 0 else slope, x)
             else:
