@@ -6,6 +6,9 @@ from torchive.engine.convert import convert as convert
 from torchive.engine.factory import create_method as create_method
 from torchive.engine.factory import create_model as create_model
 from torchive.methods.blocks.dynamic_relu import DynamicReLU as DynamicReLU
+from torchive.methods.blocks.mabn import CenConv2d as CenConv2d
+from torchive.methods.blocks.mabn import MABN2d as MABN2d
+from torchive.methods.blocks.mabn import fold_into_conv as fold_into_conv
 from torchive.methods.segmentation.attention_unet import AttentionGate as AttentionGate
 from torchive.methods.segmentation.attention_unet import AttentionUNet as AttentionUNet
 
