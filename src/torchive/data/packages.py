@@ -1,6 +1,7 @@
 """Pinned packages: downloaded by the package managers' own clients, verified by SHA-256, kept in the cache.
 
-Nothing is installed or imported, and no host is named: pip, apt-get and npm ask whatever registry the user has set up. A file that a
+Nothing is installed or imported, and no host is named: pip, apt-get and npm ask whatever registry the user has set
+    up. A file that a
 client cannot bring may be put into the cache by hand; it is verified in the same way.
 """
 
@@ -53,7 +54,8 @@ def obtain(package: Package) -> Path:
     """The verified file, from the cache or, once, from the package's client. Parallel processes wait for one download.
 
     Raises:
-        DataError: the client is missing or refuses, or the file's hash is not the pinned one (the file is then removed).
+        DataError: the client is missing or refuses, or the file's hash is not the pinned one (the file is then
+            removed).
     """
     path = package.path
     with turn(path.with_name(f".{package.file}.lock")):
@@ -104,7 +106,8 @@ def _verify(path: Path, package: Package) -> None:
     if digest.hexdigest() != package.sha256:
         path.unlink()
         raise DataError(
-            f"{package.file}: SHA-256 is {digest.hexdigest()}, expected {package.sha256}; the file was removed, fetch it again"
+            f"{package.file}: SHA-256 is {digest.hexdigest()}, expected {package.sha256}; "
+            "the file was removed, fetch it again"
         )
 
 
@@ -160,6 +163,6 @@ def _refused(package: Package, result: subprocess.CompletedProcess[str], remedy:
     errors = [line for line in lines if line.lower().startswith(("error", "e:", "npm err", "npm error"))]
     reason = (errors or lines or [f"exit status {result.returncode}"])[-1]
     return DataError(
-        f"{package.name} {package.version}: {package.client} refused ({reason}); try: {remedy}; or put {package.file} into "
-        f"{package.path.parent}"
+        f"{package.name} {package.version}: {package.client} refused ({reason}); try: {remedy}; "
+        f"or put {package.file} into {package.path.parent}"
     )

@@ -74,9 +74,9 @@ def assign_splits(
 ) -> list[str]:
     """A split for each id: 70 % train, 15 % val, 15 % test within each stratum (usually the class).
 
-    In a stratum of 100 samples or more a sample's split is a function of its id alone, so that data may grow without moving
-    a sample from one split to another. In a smaller one the ids are ordered by their hash and cut, so that each split gets
-    its share, and at least one sample where there are as many samples as splits.
+    In a stratum of 100 samples or more a sample's split is a function of its id alone, so that data may grow without
+    moving a sample from one split to another. In a smaller one the ids are ordered by their hash and cut, so that
+    each split gets its share, and at least one sample where there are as many samples as splits.
     """
     groups: dict[Hashable, list[int]] = {}
     for index, stratum in enumerate(strata):

@@ -1,7 +1,8 @@
 """One transform from names: resize, augment, normalise.
 
-A pipeline has two halves. ``prepare`` resizes and fixes the channels, draws nothing and gives uint8, so that a loader may keep
-its result. ``finish`` augments, cuts, and turns uint8 into float32. Training and prediction use the same fixed mean and deviation.
+A pipeline has two halves. ``prepare`` resizes and fixes the channels, draws nothing and gives uint8, so that a loader
+may keep its result. ``finish`` augments, cuts, and turns uint8 into float32. Training and prediction use the same
+fixed mean and deviation.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ Augment = str | Sequence[Any] | Callable[[Tensor], Tensor]
 def normalisation(task: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation per channel that ``build`` uses.
 
-    ImageNet's, so that pretrained networks fit; none (0 and 1) for detection, since torchvision's detectors, and every system
-    that follows them, take images in [0, 1] and normalise them inside.
+    ImageNet's, so that pretrained networks fit; none (0 and 1) for detection, since torchvision's detectors, and
+    every system that follows them, take images in [0, 1] and normalise them inside.
     """
     if task == "detection":
         return (0.0,) * channels, (1.0,) * channels
@@ -57,9 +58,10 @@ def build(
 ) -> Pipeline:
     """The transform of a task.
 
-    - classification: the shorter side becomes ``image_size`` and the middle square is cut out; in training a random square is
-      cut out of an image 1.125 times as large.
-    - segmentation: image and mask become ``image_size`` squared (the sides' ratio is not kept); in training cut as above.
+    - classification: the shorter side becomes ``image_size`` and the middle square is cut out; in training a random
+      square is cut out of an image 1.125 times as large.
+    - segmentation: image and mask become ``image_size`` squared (the sides' ratio is not kept); in training cut as
+      above.
     - detection: the longer side becomes ``image_size``; the ratio is kept, boxes and masks follow.
     - selfsupervised: as classification; ``augment`` may be a callable that makes the views.
 
@@ -68,9 +70,9 @@ def build(
         image_size: pixels of the side; None leaves the images as they are.
         train: whether to augment.
         channels: 1 or 3 turns colour into grey or grey into colour; None leaves them as they are.
-        augment: "default", "none", a list of names of ``AUGMENTATIONS`` and of torchvision v2 transforms, or a callable from a
-            float image (C, H, W) in [0, 1], its shorter side 1.5 times ``image_size``, to an image or to views (V, C, H, W), which are
-            normalised afterwards.
+        augment: "default", "none", a list of names of ``AUGMENTATIONS`` and of torchvision v2 transforms, or a
+            callable from a float image (C, H, W) in [0, 1], its shorter side 1.5 times ``image_size``, to an image or
+            to views (V, C, H, W), which are normalised afterwards.
 
     Raises:
         ValueError: an unknown task or name, or a size below 1.

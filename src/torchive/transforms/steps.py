@@ -52,7 +52,8 @@ CUTTING = ("crop", "zoom")
 
 
 class RandomIoUCrop(nn.Module):
-    """SSD's crop (Liu et al. 2016, section 2.2): a random part that keeps at least one box's centre; boxes whose centre is
+    """SSD's crop (Liu et al. 2016, section 2.2): a random part that keeps at least one box's centre; boxes whose
+    centre is
     outside are dropped, the others are cut. An image without boxes is left as it is."""
 
     def __init__(self) -> None:

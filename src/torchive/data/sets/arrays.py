@@ -18,7 +18,7 @@ from torchive.structures import Sample
 
 
 def prepared(info: SampleSetInfo, version: int, build: Callable[[list[Path], Path], None]) -> Path:
-    """The folder that ``build(package files, folder)`` filled, built once; the pinned hashes and ``version`` are its key."""
+    """The folder that ``build(package files, folder)`` filled, built once for these hashes and this version."""
     key = "-".join([info.name, f"v{version}", *(package.sha256[:8] for package in info.packages)])
     target = cache_dir() / "prepared" / key
     if target.is_dir():

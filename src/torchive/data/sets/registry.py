@@ -1,4 +1,7 @@
-"""The list of sample sets: what they are, and the pinned packages they come in. It imports no torch, so a listing is quick."""
+"""The list of sample sets: what they are, and the pinned packages they come in.
+
+It imports no torch, so a listing is quick.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ _ALL = (
         licence="CC-BY-NC-SA-4.0",
         commercial=False,
         origin="ELPV dataset, ZAE Bayern (Buerhop-Lutz et al. 2018; Deitsch et al. 2019), PyPI package elpv-dataset",
-        description="Electroluminescence photographs of solar cells; the classes are defect probabilities 0, 1/3, 2/3 and 1.",
+        description="Electroluminescence photographs of solar cells; classes are defect probabilities 0, 1/3, 2/3, 1.",
         packages=(_CELLS,),
         module="solar",
     ),
@@ -76,6 +79,54 @@ _ALL = (
         description="Articles of clothing; the 10,000 published test images are the test split.",
         packages=(_FASHION,),
         module="fashion_mnist",
+    ),
+    SampleSetInfo(
+        name="trees",
+        task="detection",
+        classes=("tree",),
+        size="4 aerial photographs in 56 tiles of up to 400 x 400, colour, 951 boxes",
+        licence="MIT",
+        commercial=True,
+        origin="DeepForest (Weinstein et al. 2020), photographs by NEON, whose own terms apply; PyPI package deepforest",
+        description="Tree crowns from the air; the test tiles are another photograph, the validation tiles another region.",
+        packages=(_TREES,),
+        module="trees",
+    ),
+    SampleSetInfo(
+        name="nuclei",
+        task="segmentation",
+        classes=("background", "nucleus"),
+        size="1 microscope photograph in 29 tiles of 128 x 128, grey, 125 nuclei",
+        licence="BSD-3-Clause",
+        commercial=True,
+        origin="StarDist (Schmidt et al. 2018), PyPI package stardist",
+        description="Fluorescent cell nuclei, a class for each pixel; the splits are regions that share no pixel.",
+        packages=(_NUCLEI,),
+        module="nuclei",
+    ),
+    SampleSetInfo(
+        name="nuclei-instances",
+        task="detection",
+        classes=("nucleus",),
+        size="1 microscope photograph in 29 tiles of 128 x 128, grey, 125 nuclei",
+        licence="BSD-3-Clause",
+        commercial=True,
+        origin="StarDist (Schmidt et al. 2018), PyPI package stardist",
+        description="The tiles of nuclei with a box and a mask for each nucleus.",
+        packages=(_NUCLEI,),
+        module="nuclei_instances",
+    ),
+    SampleSetInfo(
+        name="scenes",
+        task="detection",
+        classes=("birds", "fish", "flowers", "fruit", "insects", "mammals", "vegetables"),
+        size="1,400 scenes of 320 x 320, colour, with boxes, masks and alpha",
+        licence="GPL-2 (cut-outs); CC-BY-4.0, CC-BY-SA-4.0 and CC0-1.0 by photograph (backgrounds)",
+        commercial=True,
+        origin="Tux Paint stamps and Lomiri wallpapers, Debian packages tuxpaint-stamps-default, lomiri-wallpapers-16.04",
+        description="Photographed cut-outs composed on photographs; exact boxes, visible masks and alpha of each object.",
+        packages=(_STAMPS, _WALLPAPERS),
+        module="scenes",
     ),
 )
 

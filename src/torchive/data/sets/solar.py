@@ -1,4 +1,4 @@
-"""Solar cells: 2,624 electroluminescence photographs, 300 by 300, grey, with the probability of a defect in four levels."""
+"""Solar cells: 2,624 electroluminescence photographs, grey, with the probability of a defect in four levels."""
 
 from __future__ import annotations
 
