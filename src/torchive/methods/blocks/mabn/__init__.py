@@ -10,8 +10,8 @@ Formula  y   = gamma r z + beta,  z = x / sqrt(chi + eps),  chi = mean_nhw(x^2)
          W'  = W - mean(W) over a filter: the convolution in front removes the mean that the norm does not
 Symbols  N batch, C channels, H W positions; m = 16 steps, a = 0.98 (the fraction kept), eps = 1e-5. r and the averages
          carry no gradient. Statistics are those of one device: nothing is exchanged between processes.
-Differs  ``CenConv2d`` starts from Kaiming, not from unit, noise. The step counter is a tensor that is never read back, so
-         nothing waits for the device. The rings are written once a call, so one norm may serve several places.
+Differs  ``CenConv2d`` starts from Kaiming, not from unit, noise. The step counter is a tensor that is never read back,
+         so nothing waits for the device. The rings are written once a call, so one norm may serve several places.
 """
 
 from torchive.methods.blocks.mabn.convolution import CenConv2d, centre

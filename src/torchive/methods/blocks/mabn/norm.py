@@ -28,33 +28,32 @@ class _Normalise(torch.autograd.Function):
         x: Tensor,  # (N, C, H, W)
         weight: Tensor,
         bias: Tensor,
-        chi: Tensor,
+        moment: Tensor,  # (C,), chi + eps
         r: Tensor,
         ring: Tensor,  # (m, C)
         place: Tensor,  # (1,), the row of the ring
         averaging: Tensor,  # (), bool
-        eps: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, chi, r, place, averaging)
-        ctx.ring, ctx.eps = ring, eps
-        kind = chi.dtype
-        zero = torch.zeros_like(chi)
-        return torch.native_batch_norm(x, weight.to(kind) * r, bias.to(kind), zero, chi, False, 0.0, eps)[0]
+        ctx.save_for_backward(x, weight, moment, r, place, averaging)
+        ctx.ring = ring
+        kind = moment.dtype
+        zero = torch.zeros_like(moment)
+        return torch.native_batch_norm(x, weight.to(kind) * r, bias.to(kind), zero, moment, False, 0.0, 0.0)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, chi, r, place, averaging = ctx.saved_tensors
-        scale = weight.to(chi.dtype) * r
-        zero = torch.zeros_like(chi)
+        x, weight, moment, r, place, averaging = ctx.saved_tensors
+        scale = weight.to(moment.dtype) * r
+        zero = torch.zeros_like(moment)
         dx, gz, dbias = torch.ops.aten.native_batch_norm_backward(
-            grad, x, scale, zero, chi, None, None, False, ctx.eps, [True, True, True]
+            grad, x, scale, zero, moment, None, None, False, 0.0, [True, True, True]
         )  # g / sqrt(chi + eps) of shape (N, C, H, W); sums of dL/dy z and of dL/dy of shape (C,)
         psi = gz * scale * (x.shape[1] / x.numel())
         psi = _averaged(ctx.ring, place, psi, averaging)
-        slope = (psi / (chi + ctx.eps)).to(x.dtype).view(1, -1, 1, 1)
+        slope = (psi / moment).to(x.dtype).view(1, -1, 1, 1)
         dx = dx.addcmul_(x, slope, value=-1)  # (N, C, H, W)
-        return dx, (gz * r).to(weight.dtype), dbias.to(weight.dtype), None, None, None, None, None, None
+        return dx, (gz * r).to(weight.dtype), dbias.to(weight.dtype), None, None, None, None, None
 
 
 def _averaged(ring: Tensor, place: Tensor, value: Tensor, averaging: Tensor) -> Tensor:
@@ -157,14 +156,14 @@ class MABN2d(nn.Module):
             raise ValueError(f"expected (N, {self.channels}, H, W), got shape {tuple(x.shape)}")
         if not self.training or x.numel() == 0:
             zero = torch.zeros_like(self.running_var)
-            y = F.batch_norm(x, zero, self.running_var, self.weight, self.bias, eps=self.eps)
+            y = F.batch_norm(x, zero, self.running_var + self.eps, self.weight, self.bias, eps=0.0)
         else:
-            y = _Normalise.apply(x, self.weight, self.bias, *self._statistics(x), self.eps)
+            y = _Normalise.apply(x, self.weight, self.bias, *self._statistics(x))
         return y if self.act is None else self.act(y)  # (N, C, H, W)
 
     @torch.no_grad()
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Count the step; chi and r of shape (C,), the ring of Psi, its row for this step, whether averaging began."""
+        """Count the step; chi + eps and r, both (C,), the ring of Psi, its row for this step, whether averaging began."""
         step = self.iterations.add_(1) + 0  # a copy: the backward pass may come after another step
         place = (step % self.buffer_size).view(1)
         averaging = step > max(self.buffer_size, self.warmup_iters - 1)
@@ -172,10 +171,11 @@ class MABN2d(nn.Module):
         chi = _averaged(self.buffer_x2, place, batch, averaging)
         old = self.running_var.to(chi.dtype)
         bound = torch.where(step > max(self.HELD, self.warmup_iters), self.BOUND, 1.0).to(chi.dtype)
-        r = ((chi + self.eps) / (old + self.eps)).sqrt().clamp(1 / bound, bound)
+        moment = chi + self.eps
+        r = (moment / (old + self.eps)).sqrt().clamp(1 / bound, bound)
         new = torch.lerp(chi if self.ema_of == "average" else batch, old, self.momentum)
         self.running_var.copy_(new)
-        return chi, r, self.buffer_gz, place, averaging
+        return moment, r, self.buffer_gz, place, averaging
 
     def extra_repr(self) -> str:
         return f"{self.channels}, buffer_size={self.buffer_size}, warmup_iters={self.warmup_iters}, eps={self.eps}"
