@@ -163,7 +163,7 @@ class MABN2d(nn.Module):
 
     @torch.no_grad()
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Count the step; chi + eps and r, both (C,), the ring of Psi, its row for this step, whether averaging began."""
+        """Count the step; chi + eps and r, both (C,), the ring of Psi, its row for this step, averaging or not."""
         step = self.iterations.add_(1) + 0  # a copy: the backward pass may come after another step
         place = (step % self.buffer_size).view(1)
         averaging = step > max(self.buffer_size, self.warmup_iters - 1)
