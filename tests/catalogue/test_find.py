@@ -31,7 +31,7 @@ QUESTIONS = {
     "reinforcement learning for captions": "scst",
     "quantise weights": "ternarynet",
     "distil a segmentation network": "structured_kd_segmentation",
-    "video object segmentation": "stm vos_survey",
+    "video object segmentation": "vos_survey",
     "cold start recommendation": "llae_coldstart",
     "architecture search": "nasnet nas_reinforce_controller auto_deeplab cr_nas",
     "metric learning": "circle_loss arcface",

@@ -1,18 +1,270 @@
-"""Finding methods: filters, words of the problem, aliases, typing errors."""
+"""Finding methods: filters, words of the problem, aliases, typing errors. Reads the generated index alone."""
 
 from __future__ import annotations
 
-from fnmatch import fnmatch
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from itertools import pairwise
+from math import log
+from typing import Any
 
-from torchive.catalogue.card import Card
-from torchive.catalogue.index import card_names, get_card
+from torchive.catalogue.card import KINDS, STATES, Card
+from torchive.catalogue.evidence import evidence_of
+from torchive.catalogue.index import get_card, index
+from torchive.catalogue.question import (
+    Concept,
+    Phrase,
+    concepts_of,
+    corrections,
+    squash,
+    stem,
+    stems,
+    synonym_words,
+    words_of,
+)
+from torchive.catalogue.words import TASKS
+
+VERDICTS = ("ship", "build", "watch")
+#: How much a hit in each field of a card is worth.
+FIELDS = {
+    "name": 1.0,
+    "alias": 1.0,
+    "tag": 0.9,
+    "title": 0.75,
+    "task": 0.6,
+    "en": 0.6,
+    "kind": 0.4,
+    "authors": 0.4,
+    "claim": 0.35,
+}
+LEAST_SHARE = 0.4  # share of a question's weight that a card must answer
+LEAST_OF_BEST = 0.3  # share of the best score below which nothing is shown
+NEAR, BUILT = 0.15, 0.02  # added where the whole question stands in one text, and where the method is built
 
 
-def list_methods(pattern: str = "*", **filters: object) -> list[str]:
-    """Names that match a shell pattern, such as ``"*pool*"``; stub until the search is written."""
-    return [name for name in card_names() if fnmatch(name, pattern)]
+@dataclass(frozen=True)
+class Match:
+    """A card that answers a question.
+
+    Attributes:
+        card: the method.
+        score: about 1 for a full literal answer, about 2 for a name or alias.
+        why: the words of the card that answer.
+    """
+
+    card: Card
+    score: float
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.card.name}: {self.card.en} ({self.why})"
 
 
-def find(words: str, limit: int = 10) -> list[Card]:
-    """Cards that answer words of a problem, best first."""
-    return [get_card(n) for n in card_names() if words in n][:limit]
+def list_methods(
+    pattern: str = "*",
+    *,
+    kind: str | None = None,
+    task: str | None = None,
+    state: str | None = None,
+    verdict: str | None = None,
+    year: int | str | None = None,
+) -> list[str]:
+    """Names of methods, in alphabetical order.
+
+    Args:
+        pattern: shell pattern over names, such as ``"*pool*"``.
+        kind: folder under ``methods/``, such as ``"blocks"``. task: one of ``words.TASKS``. state: planned or built.
+        verdict: ship, build or watch. year: 2019 or ``"2018-2020"``, both ends included.
+
+    Raises:
+        ValueError: a filter's value that no card can have; the message offers close ones.
+    """
+    for what, value, allowed in (
+        ("kind", kind, KINDS),
+        ("task", task, TASKS),
+        ("state", state, STATES),
+        ("verdict", verdict, VERDICTS),
+    ):
+        if value is not None and value not in allowed:
+            close = get_close_matches(str(value), allowed, n=2)
+            raise ValueError(
+                f"{what} is {value!r}; " + (f"did you mean {' or '.join(close)}?" if close else _one_of(allowed))
+            )
+    years = None if year is None else _years(year)
+    return [
+        name
+        for name, card in index().items()
+        if fnmatchcase(name, pattern.lower())
+        and kind in (None, card["kind"])
+        and (task is None or task in card["tasks"])
+        and state in (None, card["state"])
+        and (years is None or card["paper"]["year"] in years)
+        and (verdict is None or verdict_of(name) == verdict)
+    ]
+
+
+def verdict_of(name: str) -> str:
+    """The recorded verdict of a method: ship, build or watch; empty where none was recorded."""
+    recorded = evidence_of(name).get("verdict", {})
+    return str(recorded.get("verdict", "")) if isinstance(recorded, dict) else str(recorded)
+
+
+def find(words: str, limit: int = 10) -> list[Match]:
+    """Methods that answer words of a problem, a name, an alias or Chinese words, best first; empty if nothing fits.
+
+    Raises:
+        ValueError: ``limit`` below one.
+    """
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    concepts = concepts_of(words, _vocabulary())
+    importance = [_importance(concept) for concept in concepts]
+    whole = squash(words)
+    scored = []
+    for entry in _corpus():
+        score, why = _score(entry, concepts, importance)
+        if whole and whole in entry.names:
+            score, why = score + 1.0 if score else 2.0, ["name or alias"]
+        if score:
+            scored.append((score, entry.name, why))
+    scored.sort(key=lambda s: (-s[0], s[1]))
+    least = LEAST_OF_BEST * scored[0][0] if scored else 0.0
+    return [Match(get_card(n), round(s, 3), ", ".join(why)) for s, n, why in scored[:limit] if s >= least]
+
+
+def did_you_mean(words: str) -> str | None:
+    """The question with its unknown words corrected; none where every word is known or nothing is close."""
+    right = corrections(words, _vocabulary())
+    return " ".join(right.get(word, word) for word in words_of(words)) if right else None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a card says, as stems."""
+
+    name: str
+    built: bool
+    names: frozenset[str]  # name, title and aliases without spaces and marks
+    texts: tuple[tuple[str, str, Phrase], ...]  # field, text, stems
+    fields: dict[str, str]  # stem -> the weightiest field that holds it
+    zh: str
+
+
+@lru_cache(maxsize=1)
+def _corpus() -> tuple[_Entry, ...]:
+    return tuple(_entry(name, card) for name, card in index().items())
+
+
+def _entry(name: str, card: dict[str, Any]) -> _Entry:
+    aliases = card.get("aliases", [])
+    texts = [("name", name), ("title", card["title"]), ("en", card["en"]), ("kind", card["kind"])]
+    texts += [("authors", card["paper"]["authors"]), ("claim", card["claim"])]
+    texts += [("alias", alias) for alias in aliases]
+    texts += [("tag", tag) for tag in card.get("tags", ())]
+    texts += [("task", task) for task in card["tasks"]]
+    stemmed = tuple((kind, text, stems(text)) for kind, text in texts)
+    fields: dict[str, str] = {}
+    for kind, _, phrase in stemmed:
+        joined = ["".join(pair) for pair in pairwise(phrase)] if kind in ("name", "alias", "tag") else []
+        for s in (*phrase, *joined):
+            if FIELDS[kind] > FIELDS.get(fields.get(s, ""), 0.0):
+                fields[s] = kind
+    names = frozenset(squash(n) for n in (name, card["title"], *aliases))
+    return _Entry(name, card["state"] == "built", names, stemmed, fields, card["zh"])
+
+
+@lru_cache(maxsize=1)
+def _vocabulary() -> dict[str, str]:
+    """Every stem of the cards and of the synonyms -> a word that has it."""
+    known: dict[str, str] = {}
+    for entry in _corpus():
+        for _, text, _ in entry.texts:
+            for word in words_of(text):
+                known.setdefault(stem(word), word)
+    for word in synonym_words():
+        known.setdefault(stem(word), word)
+    for entry in _corpus():
+        for s in entry.fields:
+            known.setdefault(s, s)
+    return known
+
+
+def _importance(concept: Concept) -> float:
+    """Rare concepts count more, and one that no card holds counts most."""
+    holders = sum(_answer(entry, concept)[0] > 0.3 for entry in _corpus())
+    return log((len(_corpus()) + 1) / (holders + 1)) + 0.2
+
+
+def _score(entry: _Entry, concepts: list[Concept], importance: list[float]) -> tuple[float, list[str]]:
+    total = sum(importance)
+    got = share = 0.0
+    why: list[str] = []
+    for concept, weight in zip(concepts, importance, strict=True):
+        value, reason = _answer(entry, concept)
+        if value:
+            got += weight * value
+            share += weight
+            if reason not in why:
+                why.append(reason)
+    if not total or share < LEAST_SHARE * total:
+        return 0.0, []
+    literal = tuple(s for c in concepts if c.answers for s in c.answers[0][0])
+    near = NEAR if len(concepts) > 1 and any(_holds(phrase, literal) for _, _, phrase in entry.texts) else 0.0
+    return got / total * (0.5 + 0.5 * share / total) + near + (BUILT if entry.built else 0.0), why
+
+
+def _answer(entry: _Entry, concept: Concept) -> tuple[float, str]:
+    """How well a card answers a concept, 0 to about 1, and the words that do."""
+    best, reason = 0.0, ""
+    hits = set()
+    for phrase, worth in concept.answers:
+        value, text = _hit(entry, phrase)
+        if value:
+            hits.add(text)
+        if worth * value > best:
+            best, reason = worth * value, text
+    if concept.chinese:
+        pairs = ["".join(pair) for pair in pairwise(concept.chinese)]
+        value = 0.85 * sum(pair in entry.zh for pair in pairs) / len(pairs)
+        if value > max(best, 0.5):
+            best, reason = value, concept.chinese
+    return best + min(0.03 * (len(hits) - 1), 0.12) if hits else best, reason
+
+
+def _hit(entry: _Entry, phrase: Phrase) -> tuple[float, str]:
+    """What a card's best text with all stems of the phrase is worth, more where they stand together or alone."""
+    if any(s not in entry.fields for s in phrase):
+        return 0.0, ""
+    best, reason, several = 0.0, "", -1
+    for kind, text, held in entry.texts:
+        if _holds(held, phrase):
+            value = FIELDS[kind] * (1.1 if len(held) == len(phrase) else 1.0)
+        elif len(phrase) > 1 and set(phrase) <= set(held):
+            value = FIELDS[kind] * 0.6
+        else:
+            continue
+        several += 1
+        if value > best:
+            best, reason = value, text if kind in ("tag", "alias", "name") else " ".join(phrase)
+    if not best and len(phrase) == 1:  # two words of a name or tag, written as one
+        return FIELDS[entry.fields[phrase[0]]], phrase[0]
+    return best + min(0.03 * several, 0.12) if best else 0.0, reason
+
+
+def _holds(held: Phrase, phrase: Phrase) -> bool:
+    n = len(phrase)
+    return bool(n) and any(held[i : i + n] == phrase for i in range(len(held) - n + 1))
+
+
+def _years(year: int | str) -> range:
+    parts = re.fullmatch(r"\s*(\d{4})\s*(?:-\s*(\d{4})\s*)?", str(year))
+    if not parts or (parts[2] and int(parts[2]) < int(parts[1])):
+        raise ValueError(f"year is {year!r}; expected a year such as 2019 or a span such as 2018-2020")
+    return range(int(parts[1]), int(parts[2] or parts[1]) + 1)
+
+
+def _one_of(allowed: tuple[str, ...]) -> str:
+    return f"expected one of {', '.join(allowed)}"
