@@ -9,8 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torchive.data.check import check_data
     from torchive.data.faults import CheckReport, DataError, Fault
     from torchive.data.fetching import fetch
+    from torchive.data.images import read_image
+    from torchive.data.listing import data_list_rows
     from torchive.data.loader import Loader, collate
     from torchive.data.opening import open_data
     from torchive.data.samples import SampleSet, SampleSetInfo
@@ -24,9 +27,12 @@ _HOMES = {
     "SAMPLE_SETS": "sets.registry",
     "SampleSet": "samples",
     "SampleSetInfo": "samples",
+    "check_data": "check",
     "collate": "loader",
+    "data_list_rows": "listing",
     "fetch": "fetching",
     "open_data": "opening",
+    "read_image": "images",
 }
 
 __all__ = [
@@ -37,9 +43,12 @@ __all__ = [
     "Loader",
     "SampleSet",
     "SampleSetInfo",
+    "check_data",
     "collate",
+    "data_list_rows",
     "fetch",
     "open_data",
+    "read_image",
 ]
 
 

@@ -17,6 +17,7 @@ KINDS = {
     "box-empty": "a box has no area",
     "label": "a label is not in the class list",
     "mask-size": "a mask has another size than its image",
+    "size": "an annotation states another size than its image has",
     "empty-class": "a class has no sample",
     "duplicate": "two samples have one id",
     "broken": "an annotation cannot be parsed",

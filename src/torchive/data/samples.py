@@ -20,16 +20,35 @@ _LARGE = 100
 
 @runtime_checkable
 class SampleSet(Protocol):
-    """Samples of one task, by index. Images are uint8 (C, H, W); the targets are those of ``structures/batch.py``."""
+    """Samples of one task, by index. Images are uint8 (C, H, W); the targets are those of ``structures/batch.py``.
 
-    name: str
-    task: str
-    classes: tuple[str, ...]
-    channels: int
-    licence: str
-    origin: str
-    ids: Sequence[str]
-    left_out: tuple[Fault, ...]
+    ``classes`` are names; for detection their labels count from 1, else from 0. ``channels`` is that of every image,
+    ``ids`` are stable across runs, and ``left_out`` holds the faults whose samples were left out.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def task(self) -> str: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def licence(self) -> str: ...
+
+    @property
+    def origin(self) -> str: ...
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+    @property
+    def left_out(self) -> tuple[Fault, ...]: ...
 
     def __len__(self) -> int: ...
 

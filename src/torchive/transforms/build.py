@@ -209,7 +209,7 @@ class Pipeline:
         return image, target
 
     def _augment_boxes(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])  # type: ignore[call-arg]
+        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
         typed: dict[str, Any] = {**target, "boxes": boxes}
         if "masks" in target:
             typed["masks"] = tv_tensors.Mask(target["masks"])

@@ -41,6 +41,7 @@ _FOLDERS = {
 }
 _DRAWN = ("cartoon", "toys", "plastic")
 _COLOURS = (800, 0.3)  # a photograph has at least so many colours, and so many per opaque pixel; a drawing has fewer
+_SHARES = (0.6, 0.2, 0.2)
 _LONGEST = 200  # cut-outs are kept no larger than this
 _PHOTO_SIDE = 720  # shorter side of a background as kept
 _VISIBLE = 0.4  # every object shows at least this share of its own pixels
@@ -170,13 +171,15 @@ def _build(packages: list[Path], folder: Path) -> None:
     pixels: list[np.ndarray[Any, Any]] = []
     cutouts = [entry for entry in map(_stamp, *_listed(packages[0], _STAMPS, ".png")) if entry]
     families = sorted({(entry["class"], entry["family"]) for entry in cutouts})
-    splits = assign_splits(["/".join(family) for family in families], [family[0] for family in families])
+    keys = ["/".join(family) for family in families]
+    splits = assign_splits(keys, [family[0] for family in families], shares=_SHARES)
     split_of = dict(zip(families, splits, strict=True))
     start = 0
     for entry in cutouts:
         entry["split"] = split_of[entry["class"], entry["family"]]
     photos = [_photo(name, content) for name, content in zip(*_listed(packages[1], _PHOTOS, ".jpg"), strict=True)]
-    for entry, split in zip(photos, assign_splits([photo["id"] for photo in photos], [0] * len(photos)), strict=True):
+    names = [photo["id"] for photo in photos]
+    for entry, split in zip(photos, assign_splits(names, [0] * len(names), shares=_SHARES), strict=True):
         entry["split"] = split
     for entry in [*cutouts, *photos]:
         array = entry.pop("pixels")
@@ -207,9 +210,9 @@ def _stamp(name: str, content: bytes) -> dict[str, Any] | None:
         colours = len(np.unique(inside))
         if colours < _COLOURS[0] or colours < _COLOURS[1] * len(inside):
             return None
-        picture = picture.crop(picture.getchannel("A").getbbox())
-        picture.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
-        pixels = np.asarray(picture)
+        cut = picture.crop(picture.getchannel("A").getbbox())
+        cut.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
+        pixels = np.asarray(cut)
     family = re.split(r"[-_0-9]", path.stem.lower())[0]
     return {"id": name, "class": kind, "family": family, "pixels": pixels}
 

@@ -1,0 +1,146 @@
+"""COCO's annotations of objects: boxes, polygons and run-length masks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchive.data.faults import DataError
+from torchive.data.readers.index import Index, Objects, Record, read_text
+
+
+def read_coco(annotations: Path, images: Path) -> Index:
+    """Classes are the categories in the order of their ids, labelled from 1. Samples have masks where every object of
+    the file, crowds apart, has a segmentation."""
+    index = Index("detection", files=[annotations])
+    content = _content(annotations, index)
+    if content is None:
+        return index
+    categories = sorted((entry for entry in content["categories"] if _named(entry)), key=lambda entry: entry["id"])
+    index.classes = tuple(entry["name"] for entry in categories)
+    number = {entry["id"]: label + 1 for label, entry in enumerate(categories)}
+    if len(number) != len(content["categories"]):
+        index.fault(annotations, None, "broken", "a category lacks id or name, or two have one id")
+    entries: dict[Any, dict[str, Any]] = {}
+    objects: dict[Any, list[tuple[Any, ...]]] = {}
+    for position, entry in enumerate(content["images"]):
+        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or "id" not in entry:
+            index.fault(annotations, None, "broken", f"images[{position}] lacks id or file_name")
+        elif entry["id"] in entries:
+            index.fault(annotations, None, "duplicate", f"images[{position}] has the id {entry['id']} of another image")
+        else:
+            entries[entry["id"]] = entry
+            objects[entry["id"]] = []
+    ids: set[Any] = set()
+    for position, entry in enumerate(content["annotations"]):
+        found = _object(position, entry, entries, number, ids, annotations, index)
+        if found:
+            objects[found[0]].append(found[1:])
+    given = [entry[3] is not None for listed in objects.values() for entry in listed if not entry[2]]
+    index.masks = bool(given) and all(given)
+    seen: set[str] = set()
+    for key, entry in entries.items():
+        columns = list(zip(*objects[key], strict=True)) or [()] * 5
+        boxes, labels, crowd, shapes, names = columns
+        height, width = entry.get("height"), entry.get("width")
+        size = (height, width) if isinstance(height, int) and isinstance(width, int) else None
+        target = Objects(boxes, labels, crowd, shapes, (None,) * len(boxes), names, size)
+        name = entry["file_name"]
+        index.add(Record(name, images / name, target, None, str(annotations)), seen)
+    return index
+
+
+def _content(file: Path, index: Index) -> dict[str, Any] | None:
+    try:
+        content = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        index.fault(file, error.lineno, "broken", f"not valid JSON: {error.msg}")
+        return None
+    except RecursionError:
+        index.fault(file, None, "broken", "not valid JSON: nested too deeply")
+        return None
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            index.fault(file, None, "broken", f"not COCO annotations: {key} is not a list")
+            return None
+    return content
+
+
+def _named(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("id"), int) and isinstance(entry.get("name"), str)
+
+
+def _object(
+    position: int,
+    entry: Any,
+    images: dict[Any, dict[str, Any]],
+    number: dict[int, int],
+    ids: set[Any],
+    file: Path,
+    index: Index,
+) -> tuple[Any, ...] | None:
+    """(image id, box, label, crowd, shape, name) of one annotation, or None after noting its fault."""
+    name = f"annotations[{position}]"
+    if not isinstance(entry, dict) or not isinstance(entry.get("image_id"), int | str):
+        index.fault(file, None, "broken", f"{name} lacks image_id")
+        return None
+    if "id" in entry:
+        name = f"annotation {entry['id']}"
+    if entry["image_id"] not in images:
+        index.fault(file, None, "broken", f"{name}: image_id {entry['image_id']} is not among the images")
+        return None
+    sample = images[entry["image_id"]]["file_name"]
+    if "id" in entry and str(entry["id"]) in ids:
+        index.fault(file, None, "duplicate", f"{name}: another annotation has this id", sample)
+        return None
+    ids.add(str(entry.get("id", name)))
+    box = entry.get("bbox")
+    if (
+        not isinstance(box, list)
+        or len(box) != 4
+        or not all(isinstance(v, int | float) and np.isfinite(v) for v in box)
+    ):
+        index.fault(file, None, "broken", f"{name}: bbox must be four numbers, got {box!r}", sample)
+        return None
+    label = number.get(entry.get("category_id", None))  # type: ignore[arg-type]
+    if label is None:
+        message = f"{name}: category_id {entry.get('category_id')} is not among the categories"
+        index.fault(file, None, "label", message, sample)
+        return None
+    x, y, width, height = map(float, box)
+    crowd = bool(entry.get("iscrowd", 0))
+    return entry["image_id"], (x, y, x + width, y + height), label, crowd, entry.get("segmentation") or None, name
+
+
+def decode_shape(shape: Any, size: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """A segmentation as uint8 (H, W): polygons of at least three points, or runs as numbers or as COCO's text.
+
+    Raises:
+        DataError: its own size is another (the message then starts with "size"), or it is not a segmentation.
+    """
+    from faster_coco_eval.core import mask as runs
+
+    height, width = size
+    if isinstance(shape, dict):
+        stated = shape.get("size")
+        if stated != [height, width]:
+            raise DataError(f"size of the mask is {stated}, the image has {[height, width]}")
+        counts = shape.get("counts")
+        try:
+            coded = runs.frPyObjects(shape, height, width) if isinstance(counts, list) else shape
+            return np.asarray(runs.decode(coded), np.uint8)
+        except Exception as error:  # the decoder's C++ raises many types
+            raise DataError(f"the mask's runs cannot be decoded ({str(error).splitlines()[0]})") from error
+    polygons = shape if isinstance(shape, list) else []
+    if not polygons or not all(_is_polygon(part) for part in polygons):
+        raise DataError("a polygon needs at least three points of two finite numbers")
+    return np.asarray(runs.decode(runs.merge(runs.frPyObjects(polygons, height, width))), np.uint8)
+
+
+def _is_polygon(part: Any) -> bool:
+    if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
+        return False
+    return all(isinstance(value, int | float) and np.isfinite(value) for value in part)

@@ -1,0 +1,117 @@
+"""From a string to a reader: which format, which files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torchive.data.faults import DataError
+from torchive.data.readers.coco import read_coco
+from torchive.data.readers.folder import read_folder
+from torchive.data.readers.index import Index
+from torchive.data.readers.masks import read_masks
+from torchive.data.readers.table import read_table
+from torchive.data.readers.voc import read_voc
+
+_READERS: dict[str, tuple[int, Callable[..., Index]]] = {
+    "folder": (1, read_folder),
+    "csv": (1, read_table),
+    "coco": (2, read_coco),
+    "voc": (1, read_voc),
+    "masks": (2, read_masks),
+}
+_USAGE = {
+    "folder": "folder:PATH",
+    "csv": "csv:FILE.csv",
+    "coco": "coco:ANNOTATIONS.json,IMAGES/",
+    "voc": "voc:PATH",
+    "masks": "masks:IMAGES/,MASKS/",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A format and its paths, as text since they may hold ``{split}``."""
+
+    kind: str
+    paths: tuple[str, ...]
+
+    @property
+    def by_split(self) -> bool:
+        """Whether each split has its own paths."""
+        return any("{split}" in path for path in self.paths)
+
+    def of(self, split: str) -> Source:
+        """The source of one split."""
+        return replace(self, paths=tuple(path.replace("{split}", split) for path in self.paths))
+
+
+def parse_source(text: str) -> Source | None:
+    """The source that a string names; None where it can only be a sample set's name.
+
+    Raises:
+        DataError: the format is unknown, a path is lacking, or a bare path is of no known format.
+    """
+    kind, colon, rest = text.partition(":")
+    if colon and kind in _READERS:
+        wanted = _READERS[kind][0]
+        paths = tuple(part.strip() for part in rest.split(",")) if wanted > 1 else (rest,)
+        if kind == "coco" and len(paths) == 1 and paths[0]:
+            paths = (paths[0], str(_images_beside(Path(paths[0]))))
+        if kind == "masks" and len(paths) == 1 and paths[0]:
+            paths = (str(Path(paths[0]) / "images"), str(Path(paths[0]) / "masks"))
+        if len(paths) != wanted or not all(paths):
+            raise DataError(f"{text}: expected {_USAGE[kind]}")
+        return Source(kind, paths)
+    path = Path(text).expanduser()
+    if path.exists():
+        return _recognise(path)
+    if any(mark in text for mark in ("/", "\\")) or path.suffix:
+        raise DataError(f"{text}: no such file or folder")
+    return None
+
+
+def _recognise(path: Path) -> Source:
+    if path.is_file():
+        if path.suffix.lower() in (".csv", ".tsv"):
+            return Source("csv", (str(path),))
+        if path.suffix.lower() == ".json":
+            return Source("coco", (str(path), str(_images_beside(path))))
+        raise DataError(f"{path}: not a kind of data that is read; expected {', '.join(_USAGE.values())}")
+    if (path / "images").is_dir() and (path / "masks").is_dir():
+        return Source("masks", (str(path / "images"), str(path / "masks")))
+    if (path / "Annotations").is_dir() or any(path.glob("*.xml")):
+        return Source("voc", (str(path),))
+    if any(entry.is_dir() for entry in path.iterdir()):
+        return Source("folder", (str(path),))
+    raise DataError(f"{path}: not a kind of data that is read; expected {', '.join(_USAGE.values())}")
+
+
+def _images_beside(annotations: Path) -> Path:
+    beside = annotations.parent / "images"
+    return beside if beside.is_dir() else annotations.parent
+
+
+def read_index(source: Source, splits: tuple[str, ...]) -> Index:
+    """The index of a source; where each split has its own paths, of all that exist together."""
+    reader = _READERS[source.kind][1]
+    if not source.by_split:
+        return reader(*(Path(path).expanduser() for path in source.paths))
+    whole: Index | None = None
+    for split in splits:
+        paths = [Path(path).expanduser() for path in source.of(split).paths]
+        if not all(path.exists() for path in paths):
+            continue
+        part = reader(*paths)
+        if whole is None:
+            whole = Index(part.task, part.classes, masks=part.masks)
+        if part.classes and part.classes != whole.classes:
+            raise DataError(f"{paths[0]}: its classes {part.classes} are not those of the other splits {whole.classes}")
+        whole.records += [replace(entry, id=f"{split}/{entry.id}", split=split) for entry in part.records]
+        whole.faults += [replace(f, sample=f.sample and f"{split}/{f.sample}") for f in part.faults]
+        whole.files += part.files
+        whole.masks = whole.masks and part.masks
+    if whole is None:
+        raise DataError(f"{source.paths[0]}: exists for none of {', '.join(splits)}")
+    return whole
