@@ -54,7 +54,7 @@ def stem(word: str) -> str:
     if len(word) < 4 or word.endswith("ss") or not word.isalpha():
         return word
     bare = _ENDINGS.sub("", word)
-    if bare == word or word.endswith("ies") and not bare.endswith("if"):
+    if bare == word or (word.endswith("ies") and not bare.endswith("if")):
         bare = re.sub("(ies|y)$", "i", word)
     if len(bare) < 3:
         return word
