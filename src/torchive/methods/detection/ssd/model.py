@@ -1,0 +1,186 @@
+"""The detector: sources, heads, default boxes, and the three verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.ssd import SSDHead
+from torchvision.models.detection.ssdlite import SSDLiteHead
+from torchvision.ops import box_iou
+
+from torchive.methods.detection.ssd.decode import decode
+from torchive.methods.detection.ssd.loss import multibox_loss
+from torchive.methods.detection.ssd.sources import PyramidSources, VGGSources
+from torchive.ops.anchors import default_boxes, default_scales, default_shapes
+from torchive.ops.images import check_images, check_targets, image_sizes, stack_resized
+from torchive.ops.matching import match_default_boxes
+from torchive.structures import Detections
+
+TORCHVISION_SCALES = (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05)
+TORCHVISION_STEPS = (8, 16, 32, 64, 100, 300)
+
+
+class SSD(nn.Module):
+    """Single-shot detector: images (N, C, H, W), or a list of (C, H, W), to scores and offsets of A default boxes.
+
+    A list is resized to ``image_size`` first, a tensor goes into ``forward`` as it is; ``losses`` and ``predict``
+    resize both. Boxes go in and come out in pixels of the images given.
+
+    Args:
+        num_classes: K, the background not counted; labels run from 1 to K.
+        in_channels: C.
+        backbone: "vgg16" (the paper's), ``timm/NAME``, ``torchvision/NAME`` or a module with ``levels``.
+        image_size: side to which images are resized. VGG-16 takes 300, or 512 with one more source.
+        default_box_set: "paper", or "torchvision" (VGG-16 at 300 only), which is the authors' COCO setting.
+        classification: one "softmax" over K + 1, the published loss, or K "sigmoid"s, the reading notes' reading.
+        mining_ratio: hardest negatives for each positive; None counts all.
+        sources: indices of the maps to keep, ``(1,)`` for the paper's single-source baseline; the default boxes of a
+            map left out move to the nearest one kept. All if None.
+        lite: depthwise separable heads, as in SSDLite.
+        iou_threshold: a default box overlapping an object by more is positive.
+        alpha: weight of the localisation loss.
+
+    Raises:
+        ValueError: an argument outside the above; in ``forward``, an image smaller than VGG-16's sources need.
+    """
+
+    task = "detection"
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 20,
+        in_channels: int = 3,
+        backbone: str | nn.Module = "vgg16",
+        image_size: int = 300,
+        default_box_set: Literal["paper", "torchvision"] = "paper",
+        classification: Literal["softmax", "sigmoid"] = "softmax",
+        mining_ratio: float | None = 3.0,
+        sources: Sequence[int] | None = None,
+        lite: bool = False,
+        iou_threshold: float = 0.5,
+        alpha: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1 or image_size < 1:
+            raise ValueError(f"num_classes and image_size must be >= 1, got {num_classes} and {image_size}")
+        if classification not in ("softmax", "sigmoid") or default_box_set not in ("paper", "torchvision"):
+            raise ValueError(
+                "expected classification softmax or sigmoid and default_box_set paper or torchvision, "
+                f"got {classification!r} and {default_box_set!r}"
+            )
+        self.num_classes, self.in_channels, self.image_size = num_classes, in_channels, image_size
+        self.classification, self.mining_ratio = classification, mining_ratio
+        self.iou_threshold, self.alpha = iou_threshold, alpha
+        self.backbone: VGGSources | PyramidSources
+        if backbone == "vgg16":
+            self.backbone = VGGSources(in_channels=in_channels, image_size=image_size)
+        else:
+            self.backbone = PyramidSources(backbone, in_channels=in_channels, image_size=image_size)
+        count = len(self.backbone.channels)
+        self.sources = tuple(range(count) if sources is None else sources)
+        if not self.sources or min(self.sources) < 0 or max(self.sources) >= count:
+            raise ValueError(f"sources must be among 0 to {count - 1}, got {self.sources}")
+        self.steps: tuple[float, ...] | None = None
+        shapes = _shapes(count, default_box_set)
+        if default_box_set == "torchvision":
+            if backbone != "vgg16" or image_size != 300 or sources is not None:
+                raise ValueError(
+                    f"torchvision's default boxes are for all sources of vgg16 at 300, got {backbone!r} at {image_size}"
+                )
+            self.steps = tuple(step / image_size for step in TORCHVISION_STEPS)
+        merged: dict[int, list[tuple[float, float]]] = {k: [] for k in self.sources}
+        for k, shape in enumerate(shapes):
+            merged[min(self.sources, key=lambda kept: (abs(kept - k), kept))] += shape
+        for k, shape in merged.items():
+            self.register_buffer(f"shapes{k}", torch.tensor(shape), persistent=False)  # (B, 2)
+        channels = [self.backbone.channels[k] for k in self.sources]
+        per_cell = [len(merged[k]) for k in self.sources]
+        outputs = num_classes + (classification == "softmax")
+        self.head: nn.Module = (
+            SSDLiteHead(channels, per_cell, outputs, nn.BatchNorm2d) if lite else SSDHead(channels, per_cell, outputs)
+        )
+
+    def forward(self, inputs: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+        """``logits`` (N, A, K + 1), or (N, A, K) with sigmoids, ``deltas`` (N, A, 4), ``anchors`` (A, 4) in fractions of the
+        image."""
+        check_images(inputs, self.in_channels)
+        x = inputs if isinstance(inputs, Tensor) else self._resize(inputs)
+        if min(x.shape[2:]) < self.backbone.smallest:
+            raise ValueError(f"each side must be at least {self.backbone.smallest}, got {tuple(x.shape[2:])}")
+        maps = self.backbone(x)
+        maps = [maps[k] for k in self.sources]
+        out: dict[str, Tensor] = self.head(maps)
+        shapes = [getattr(self, f"shapes{k}") for k in self.sources]
+        anchors = default_boxes([m.shape[2:] for m in maps], shapes, self.steps)
+        return {"logits": out["cls_logits"], "deltas": out["bbox_regression"], "anchors": anchors}
+
+    def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """``classification`` and ``localisation``, both zero where no default box is matched."""
+        check_images(inputs, self.in_channels)
+        sizes = image_sizes(inputs)
+        check_targets(targets, len(sizes), self.num_classes)
+        raw = self(self._resize(inputs))
+        matches, boxes, start = [], [], 0
+        for target, (height, width) in zip(targets, sizes, strict=True):
+            box = target["boxes"].float() / target["boxes"].new_tensor(
+                [width, height, width, height], dtype=torch.float32
+            )
+            match = match_default_boxes(box_iou(box, raw["anchors"]), self.iou_threshold)
+            matches.append(torch.where(match >= 0, match + start, match))
+            boxes.append(box)
+            start += len(box)
+        return multibox_loss(
+            raw["logits"],
+            raw["deltas"],
+            raw["anchors"],
+            torch.stack(matches),
+            torch.cat(boxes),
+            torch.cat([target["labels"] for target in targets]),
+            mode=self.classification,
+            mining_ratio=self.mining_ratio,
+            alpha=self.alpha,
+        )
+
+    def decode(
+        self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
+    ) -> list[Detections]:
+        """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
+        return decode(raw, image_sizes, mode=self.classification, **options)
+
+    def predict(
+        self,
+        inputs: Tensor | Sequence[Tensor],
+        *,
+        score_threshold: float = 0.01,
+        candidates: int = 400,
+        nms_threshold: float = 0.45,
+        max_detections: int = 200,
+    ) -> list[Detections]:
+        """One ``Detections`` per image, boxes in pixels of the image that went in."""
+        check_images(inputs, self.in_channels)
+        return self.decode(
+            self(self._resize(inputs)),
+            image_sizes(inputs),
+            score_threshold=score_threshold,
+            candidates=candidates,
+            nms_threshold=nms_threshold,
+            max_detections=max_detections,
+        )
+
+    def _resize(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
+        return stack_resized(inputs, (self.image_size, self.image_size))
+
+
+def _shapes(count: int, default_box_set: str) -> list[list[tuple[float, float]]]:
+    """Shapes of each source's default boxes: ratio 3 only between the first source and the last two."""
+    wide = range(1, max(count - 2, 2)) if count > 1 else range(1)
+    ratios = [(2.0, 3.0) if k in wide else (2.0,) for k in range(count)]
+    scales = default_scales(count) if default_box_set == "paper" else list(TORCHVISION_SCALES)
+    shapes = [default_shapes(scales[k], scales[k + 1], ratios[k]) for k in range(count)]
+    if default_box_set == "torchvision":
+        shapes = [[(min(w, 1.0), min(h, 1.0)) for w, h in shape] for shape in shapes]
+    return shapes

@@ -1,0 +1,85 @@
+"""The maps that SSD reads: VGG-16 with the paper's extra layers, or any backbone with as many as its size needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models.detection.ssd import SSDFeatureExtractorVGG
+from torchvision.models.vgg import cfgs, make_layers
+
+from torchive.nn.network import build_features
+
+
+class VGGSources(SSDFeatureExtractorVGG):
+    """torchvision's VGG-16 for SSD, random weights: (N, C, S, S) to six maps (seven for 512 pixels), the first
+    normalised.
+
+    conv4_3 with L2 norm and a learnable scale of 20, fc7, then pairs of 1x1 and 3x3 convolutions.
+    """
+
+    smallest = 300
+
+    def __init__(self, *, in_channels: int = 3, image_size: int = 300) -> None:
+        layers: Any = make_layers(cfgs["D"])
+        if in_channels != 3:
+            layers[0] = nn.Conv2d(in_channels, 64, 3, padding=1)
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        super().__init__(layers, highres=image_size >= 512)
+        self.smallest = 512 if image_size >= 512 else 300
+        self.channels = (512, 1024, 512, 256, 256, 256, 256)[: 1 + len(self.extra)]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return list(super().forward(x).values())
+
+
+class PyramidSources(nn.Module):
+    """Any backbone's maps from stride 8 on, then 3x3 convolutions of stride two down to one cell at ``image_size``.
+
+    Raises:
+        ValueError: the backbone has no map of stride 8 or more.
+    """
+
+    smallest = 1
+
+    def __init__(
+        self, backbone: str | nn.Module, *, in_channels: int = 3, image_size: int = 128, width: int = 128
+    ) -> None:
+        super().__init__()
+        self.body = build_features(backbone, in_channels=in_channels)
+        levels: Sequence[Any] = self.body.levels  # type: ignore[assignment]
+        self.kept = [k for k, level in enumerate(levels) if level.stride >= 8]
+        if not self.kept:
+            raise ValueError(
+                f"SSD needs a map of stride 8 or more, the backbone's strides are {[v.stride for v in levels]}"
+            )
+        channels = [levels[k].channels for k in self.kept]
+        cells = -(-image_size // levels[-1].stride)
+        self.extra = nn.ModuleList()
+        while cells > 1 and len(channels) < 6:
+            self.extra.append(
+                nn.Sequential(
+                    nn.Conv2d(channels[-1], width, 1),
+                    nn.ReLU(inplace=True),
+                    nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+                    nn.ReLU(inplace=True),
+                )
+            )
+            channels.append(2 * width)
+            cells = -(-cells // 2)
+        for layer in self.extra.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        self.channels = tuple(channels)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        levels = self.body(x)
+        maps = [levels[k] for k in self.kept]
+        for block in self.extra:
+            maps.append(block(maps[-1]))
+        return maps

@@ -1,0 +1,60 @@
+"""Boxes (..., 4), xyxy: codes relative to anchors, clipping, suppression. IoU is ``torchvision.ops.box_iou``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torchvision
+from torch import Tensor
+
+#: Largest log ratio of sides that is decoded: 1000 / 16, as in Faster R-CNN's code.
+LOG_CLAMP = math.log(1000.0 / 16)
+ONES = (1.0, 1.0, 1.0, 1.0)
+
+
+def encode_boxes(boxes: Tensor, anchors: Tensor, weights: tuple[float, float, float, float] = ONES) -> Tensor:
+    """R-CNN's code (..., 4) of boxes relative to anchors, which may broadcast.
+
+    ``t_x = w_x (x - x_a) / w_a``, ``t_w = w_w log(w / w_a)``, and so for y and h; x, y are centres (Girshick et al.,
+    CVPR 2014; Ren et al., arXiv:1506.01497, eq. 2). Weights (10, 10, 5, 5) are SSD's variances 0.1 and 0.2.
+    """
+    size, anchor_size = boxes[..., 2:] - boxes[..., :2], anchors[..., 2:] - anchors[..., :2]
+    centre, anchor_centre = boxes[..., :2] + size / 2, anchors[..., :2] + anchor_size / 2
+    shift, stretch = (centre - anchor_centre) / anchor_size, (size / anchor_size).log()
+    return torch.cat([shift, stretch], -1) * shift.new_tensor(weights)
+
+
+def decode_boxes(
+    deltas: Tensor,
+    anchors: Tensor,
+    weights: tuple[float, float, float, float] = ONES,
+    *,
+    log_clamp: float = LOG_CLAMP,
+) -> Tensor:
+    """Boxes (..., 4) from their codes, the inverse of ``encode_boxes``; log ratios above ``log_clamp`` are cut to it."""
+    deltas = deltas / deltas.new_tensor(weights)
+    anchor_size = anchors[..., 2:] - anchors[..., :2]
+    centre = deltas[..., :2] * anchor_size + (anchors[..., :2] + anchor_size / 2)
+    half = deltas[..., 2:].clamp(max=log_clamp).exp() * anchor_size / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes (N, ..., 4) cut to the images; ``sizes`` (N, 2) are height and width."""
+    limits = sizes.to(boxes.dtype)[:, [1, 0, 1, 0]].view(len(sizes), *[1] * (boxes.ndim - 2), 4)
+    return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def keep_after_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
+    """Mask (L,) of the boxes that greedy suppression keeps, each group of equal ``groups`` (L,) on its own.
+
+    Its shape does not depend on the data, so that the result can be exported. While exporting, groups are set apart
+    by an offset; otherwise torchvision chooses the way.
+    """
+    if torch.compiler.is_compiling():
+        offset = groups.to(boxes.dtype) * (boxes.detach().amax() + 1)
+        kept = torch.ops.torchvision.nms(boxes + offset[:, None], scores, threshold)
+    else:
+        kept = torchvision.ops.batched_nms(boxes, scores, groups, threshold)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(0, kept, True)

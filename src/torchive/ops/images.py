@@ -1,0 +1,92 @@
+"""Lists of images to one batch, for detectors: resized to one size, or padded to a common one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def check_images(images: Tensor | Sequence[Tensor], channels: int) -> None:
+    """Refuse what is neither a list of images (C, H, W) nor a stacked (N, C, H, W) tensor.
+
+    Raises:
+        TypeError: neither, or images that are not floating point.
+        ValueError: another rank or channel count.
+    """
+    if isinstance(images, Tensor):
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"expected (N, {channels}, H, W) or a list of images, got shape {tuple(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(f"expected floating-point images, got {images.dtype}")
+        return
+    if not isinstance(images, list | tuple):
+        raise TypeError(f"expected a tensor or a list of tensors, got {type(images).__name__}")
+    for image in images:
+        if not isinstance(image, Tensor) or not image.is_floating_point():
+            raise TypeError(f"expected floating-point images, got {getattr(image, 'dtype', type(image).__name__)}")
+        if image.ndim != 3 or image.shape[0] != channels:
+            raise ValueError(f"expected images ({channels}, H, W), got shape {tuple(image.shape)}")
+
+
+def image_sizes(images: Tensor | Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Height and width of each image."""
+    if isinstance(images, Tensor):
+        return [(int(images.shape[-2]), int(images.shape[-1]))] * len(images)
+    return [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
+
+
+def stack_resized(images: Tensor | Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Images of any sizes to (N, C, *size), bilinear; nothing is copied where a batch has that size already."""
+    if isinstance(images, Tensor):
+        return images if tuple(images.shape[-2:]) == size else _resize(images, size)
+    if not images:
+        raise ValueError("expected at least one image, got an empty list")
+    return torch.stack([i if tuple(i.shape[-2:]) == size else _resize(i[None], size)[0] for i in images])
+
+
+def pad_batch(images: Tensor | Sequence[Tensor], divisor: int) -> Tensor:
+    """Images of any sizes to (N, C, H, W), zeros at the right and below; H and W are multiples of ``divisor``."""
+    if isinstance(images, Tensor):
+        height, width = images.shape[-2:]
+        right, below = -width % divisor, -height % divisor
+        return F.pad(images, (0, right, 0, below)) if right or below else images
+    if not images:
+        raise ValueError("expected at least one image, got an empty list")
+    height = max(-(-i.shape[-2] // divisor) * divisor for i in images)
+    width = max(-(-i.shape[-1] // divisor) * divisor for i in images)
+    batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+    for k, image in enumerate(images):
+        batch[k, :, : image.shape[-2], : image.shape[-1]] = image
+    return batch
+
+
+def check_targets(targets: Sequence[dict[str, Tensor]], count: int, num_classes: int) -> None:
+    """Refuse targets that do not fit: one dict per image, boxes (L, 4) with area, labels (L,) int64 from 1 to K.
+
+    Raises:
+        ValueError: naming the image and what is wrong.
+    """
+    if len(targets) != count:
+        raise ValueError(f"expected {count} targets, one for each image, got {len(targets)}")
+    for k, target in enumerate(targets):
+        boxes, labels = target["boxes"], target["labels"]
+        if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+            raise ValueError(
+                f"target {k}: expected boxes (L, 4) and labels (L,), got {tuple(boxes.shape)} and {tuple(labels.shape)}"
+            )
+        if len(boxes) == 0:
+            continue
+        if not bool((boxes[:, 2:] > boxes[:, :2]).all()):
+            bad = boxes[(boxes[:, 2:] <= boxes[:, :2]).any(1)][0].tolist()
+            raise ValueError(f"target {k}: boxes must have width and height above zero, got {bad}")
+        if labels.min() < 1 or labels.max() > num_classes:
+            raise ValueError(
+                f"target {k}: labels must lie in 1 to {num_classes}, got {int(labels.min())} to {int(labels.max())}"
+            )
+
+
+def _resize(batch: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(batch, size=size, mode="bilinear", align_corners=False)
