@@ -110,6 +110,7 @@ class Card:
 
 _TUPLES = {"tasks", "aliases", "tags", "exports", "deviations", "findings"}
 _RENAMED = {"class": "class_path"}
+_PLAIN = {"str": str, "dict[str, Any]": dict, "dict[str, str]": dict}  # annotations that one isinstance can check
 
 
 def parse_card(values: dict[str, Any], source: str) -> Card:
@@ -127,6 +128,10 @@ def parse_card(values: dict[str, Any], source: str) -> Card:
     for key in required:
         if not values.get(key):
             raise CardError(f"{source}: {key!r} is missing or empty")
+    for key, value in values.items():
+        wanted = _PLAIN.get(str(known[key].type))
+        if wanted and not isinstance(value, wanted):
+            raise CardError(f"{source}: {key!r} must be of type {wanted.__name__}, got {value!r}")
     for key in _TUPLES & set(values):
         if not isinstance(values[key], list) or not all(isinstance(item, str) for item in values[key]):
             raise CardError(f"{source}: {key!r} must be a list of strings")
@@ -135,6 +140,8 @@ def parse_card(values: dict[str, Any], source: str) -> Card:
         values["paper"] = Paper(**values["paper"])
     except TypeError as error:
         raise CardError(f"{source}: paper: {error}") from None
+    if not isinstance(values["paper"].year, int):
+        raise CardError(f"{source}: paper: year must be a whole number, got {values['paper'].year!r}")
     card = Card(**values)
     for key, allowed in (("kind", KINDS), ("contract", CONTRACTS), ("state", STATES)):
         if getattr(card, key) not in allowed:

@@ -16,7 +16,7 @@ SYNONYM, PREFIX, CORRECTED = 0.8, 0.7, 0.85  # what is left of a hit that is not
 _WORD = re.compile(r"[a-z0-9]+")
 _CHINESE = re.compile(r"[\u3400-\u9fff]+")
 _ENDINGS = re.compile(
-    r"((?<=if)(ications?|iers?|ies|ied|y)|isations?|izations?|ations?|itions?|ions?|ised|ized|isers?|izers?|ises|izes|ise|ize"
+    r"((?<=if)(ications?|iers?|ies|ied|y)|isations?|izations?|ations?|itions?|ions?|ised|ized|ising|izing|isers?|izers?|ises|izes|ise|ize"
     r"|ings?|ers?|ors?|ed|es|s|e)$"
 )
 

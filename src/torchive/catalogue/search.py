@@ -123,11 +123,14 @@ def find(words: str, limit: int = 10) -> list[Match]:
     concepts = concepts_of(words, _vocabulary())
     importance = [_importance(concept) for concept in concepts]
     whole = squash(words)
+    near = _near_names(whole) if any(c.corrected or not c.answers for c in concepts) else {}
     scored = []
     for entry in _corpus():
         score, why = _score(entry, concepts, importance)
         if whole and whole in entry.names:
             score, why = score + 1.0 if score else 2.0, ["name or alias"]
+        elif entry.name in near:
+            score, why = score + 0.8, [f"close to {near[entry.name]}"]
         if score:
             scored.append((score, entry.name, why))
     scored.sort(key=lambda s: (-s[0], s[1]))
@@ -190,6 +193,13 @@ def _vocabulary() -> dict[str, str]:
         for s in entry.fields:
             known.setdefault(s, s)
     return known
+
+
+def _near_names(whole: str) -> dict[str, str]:
+    """Methods of which a name is like the question as a whole -> that name."""
+    owners = {name: entry.name for entry in _corpus() for name in entry.names}
+    close = get_close_matches(whole, owners, n=3, cutoff=0.88) if len(whole) > 4 else []
+    return {owners[name]: name for name in reversed(close)}
 
 
 def _importance(concept: Concept) -> float:
