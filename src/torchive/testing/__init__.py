@@ -11,21 +11,23 @@
 arguments of ``check``:
 
 - ``args``: constructor keywords; a table ``{class_path, init_args}`` becomes that object.
-- ``inputs``: shapes of ``forward``'s inputs, batch first, the main one first. A detector has ``images`` instead, a list of
-  (C, H, W); a procedure ``image``, ``batch`` and ``views``.
-- ``target``: ``kind`` is ``classes`` (``num_classes``; ``shape`` beyond the batch; ``open = true`` where any number of classes
-  may occur, as with pair labels), ``masks`` (``num_classes``, ``ignore_index``), ``boxes`` (``num_classes``, ``masks``),
-  ``values`` (``shape``) or ``none``.
-- ``smallest``: the smallest legal shape; ``too_small``: one that a ValueError refuses; ``divisor``: what H and W must be
-  multiples of; ``fixed``: axes that may not vary; ``channel_axis``: 1, or -1 for tokens; ``any_channels``: the class does not
-  fix the number of channels; ``same_shape``: a block's output has its input's shape (assumed of inserted blocks).
+- ``inputs``: shapes of ``forward``'s inputs, batch first, the main one first. A detector has ``images`` instead, a
+  list of (C, H, W); a procedure ``image``, ``batch`` and ``views``.
+- ``target``: ``kind`` is ``classes`` (``num_classes``; ``shape`` beyond the batch; ``open = true`` where any number of
+  classes may occur, as with pair labels), ``masks`` (``num_classes``, ``ignore_index``), ``boxes`` (``num_classes``,
+  ``masks``), ``values`` (``shape``) or ``none``.
+- ``smallest``: the smallest legal shape; ``too_small``: one that a ValueError refuses; ``divisor``: what H and W must
+  be multiples of; ``fixed``: axes that may not vary; ``channel_axis``: 1, or -1 for tokens; ``any_channels``: the class
+  does not fix the number of channels; ``same_shape``: a block's output has its input's shape (assumed of inserted
+  blocks).
 - ``values``: ``normal`` or ``uniform`` in [0, 1); ``scale``: a factor on the drawn inputs.
 - ``may_be_negative``; ``mean_over = "valid"``: a loss whose mean is over the entries that count.
 - ``model``: the network that an explanation explains, ``torchive.testing.models:SmallNetwork`` by default.
-- ``learn``: ``lr``, ``steps`` and ``ratio`` of the learning check; ``dynamic`` and ``export_inputs``: how a detector exports.
+- ``learn``: ``lr``, ``steps`` and ``ratio`` of the learning check; ``dynamic`` and ``export_inputs``: how a detector
+  exports.
 
-An exemption (check -> reason) is run, and fails the suite when it is no longer needed. All numbers are drawn on the CPU from
-fixed seeds; tolerances stand in one table by type, ``torchive.testing.tree.TOLERANCES``.
+An exemption (check -> reason) is run, and fails the suite when it is no longer needed. All numbers are drawn on the CPU
+from fixed seeds; tolerances stand in one table by type, ``torchive.testing.tree.TOLERANCES``.
 """
 
 from torchive.testing.checks import CHECKS, Check, checks_of

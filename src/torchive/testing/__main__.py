@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from torchive.catalogue import record_evidence
 from torchive.testing.checks import names
@@ -33,10 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(report.table())
         failed += len(report.failed)
         if options.record and not report.failed:
-            counts = {key.replace(" ", "_"): n for key, n in report.counts().items() if key != "failed"}
+            counts: dict[str, Any] = {key.replace(" ", "_"): n for key, n in report.counts().items() if key != "failed"}
             exempt = {row.check: row.reason for row in report.rows if row.outcome == "exempt"}
-            figures = {**counts, "exemptions": exempt, "seconds": round(report.seconds, 1)}
-            record_evidence(report.name, "built", f"python -m torchive.testing {report.name} --record", **figures)
+            command = f"python -m torchive.testing {report.name} --record"
+            seconds = round(report.seconds, 1)
+            record_evidence(report.name, "built", command, exemptions=exempt, seconds=seconds, **counts)
     return int(failed > 0)
 
 

@@ -69,9 +69,8 @@ class Report:
         """A plain table: check, outcome, seconds, reason."""
         width = max((len(row.check) for row in self.rows), default=5)
         lines = [f"{self.name} as {self.kind}: " + ", ".join(f"{n} {o}" for o, n in self.counts().items() if n)]
-        for row in self.rows:
-            lines.append(f"  {row.check:<{width}}  {row.outcome:<14}  {row.seconds:6.2f} s  {row.reason}".rstrip())
-        return "\n".join(lines)
+        rows = (f"  {r.check:<{width}}  {r.outcome:<14}  {r.seconds:6.2f} s  {r.reason}" for r in self.rows)
+        return "\n".join([*lines, *map(str.rstrip, rows)])
 
     def raise_failed(self) -> None:
         """Raise if any row failed.

@@ -35,10 +35,10 @@ def check(
     """Run the conformance suite on a module of your own.
 
     Args:
-        module_or_factory: an instance, or a class or function that makes one without arguments. A factory is better: it lets
-            the suite build on the meta device and with other reductions.
+        module_or_factory: an instance, or a class or function that makes one without arguments. A factory is better: it
+            lets the suite build on the meta device and with other reductions.
         kind: the contract, one of ``torchive.protocols.CONTRACTS``.
-        inputs: shapes of ``forward``'s inputs, batch first, such as ``[(2, 8, 9, 13)]``; for a loss that of the prediction.
+        inputs: shapes of ``forward``'s inputs, batch first, such as ``[(2, 8, 9, 13)]``; a loss's prediction.
         target: what the truth is, such as ``{"kind": "classes", "num_classes": 4}``.
         only: names of the checks to run; all of the kind if None.
         exempt: check -> reason. An exempt check is run and must fail.

@@ -98,7 +98,7 @@ class Subject:
         first, second = list(shape), list(shape)
         for i, axis in enumerate(axes):
             first[axis] = shape[axis] + d * (2 * i + step) + (d == 1 and (shape[axis] + 2 * i + step) % 2 == 0)
-            second[axis] = shape[axis] + d * (len(axes) - i) * step
+            second[axis] = shape[axis] + d * ((len(axes) - i) * step + step - 1)
         return [tuple(first), tuple(second)]
 
     def inputs(self, seed: int = 0, *, shape: Shape | None = None) -> tuple[Any, ...]:
@@ -199,4 +199,4 @@ def perturb(module: Any, seed: int = 0, scale: float = 0.05) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.is_floating_point():
-                parameter += (torch.randn(parameter.shape, generator=g) * scale).to(parameter)
+                parameter.add_((torch.randn(parameter.shape, generator=g) * scale).to(parameter))

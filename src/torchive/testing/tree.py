@@ -95,7 +95,8 @@ def close(actual: Any, expected: Any, dtype: torch.dtype = torch.float32) -> str
         a, b = x.detach().double(), y.detach().double()
         scale = float(b[b.isfinite()].abs().max()) if b.isfinite().any() else 1.0
         if not torch.allclose(a, b, rtol=relative, atol=absolute * max(scale, 1e-3), equal_nan=True):
-            return f"{path}: largest difference {_gap(x, y):.3g} at a largest value of {scale:.3g}, {dtype} tolerance {relative:g}"
+            allowed = f"{dtype} tolerance {relative:g}"
+            return f"{path}: largest difference {_gap(x, y):.3g} at a largest value of {scale:.3g}, {allowed}"
     return ""
 
 

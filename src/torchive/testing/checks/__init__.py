@@ -1,7 +1,7 @@
 """The table of checks: a name, a plain function of a ``Subject``, and the kinds that it is asked of.
 
-A function returns where the demand holds, raises ``AssertionError`` where it does not, and ``NotApplicableError`` where there
-is nothing to ask. Any other exception counts as a failure.
+A function returns where the demand holds, raises ``AssertionError`` where it does not, and ``NotApplicableError`` where
+there is nothing to ask. Any other exception counts as a failure.
 """
 
 from __future__ import annotations
@@ -28,18 +28,16 @@ class Check:
         return (self.function.__doc__ or "").splitlines()[0]
 
 
-def _kinds(words: str) -> frozenset[str]:
-    return frozenset(words.split())
-
-
-EVERY = _kinds("block backbone loss system two_players procedure explanation metric search")
-MODULES = _kinds("block backbone loss system two_players procedure")
-TRAINED = _kinds("block backbone loss system procedure")
-CALLED = _kinds("block backbone loss system procedure explanation")
-PARTS = _kinds("block backbone loss")
-MAPS = _kinds("block backbone")
-NETWORKS = _kinds("block backbone system")
-SYSTEMS = _kinds("system two_players")
+EVERY = frozenset(
+    {"block", "backbone", "loss", "system", "two_players", "procedure", "explanation", "metric", "search"}
+)
+MODULES = frozenset({"block", "backbone", "loss", "system", "two_players", "procedure"})
+TRAINED = frozenset({"block", "backbone", "loss", "system", "procedure"})
+CALLED = frozenset({"block", "backbone", "loss", "system", "procedure", "explanation"})
+PARTS = frozenset({"block", "backbone", "loss"})
+MAPS = frozenset({"block", "backbone"})
+NETWORKS = frozenset({"block", "backbone", "system"})
+SYSTEMS = frozenset({"system", "two_players"})
 
 CHECKS: tuple[Check, ...] = (
     Check("builds", building.builds, EVERY),
@@ -52,21 +50,21 @@ CHECKS: tuple[Check, ...] = (
     Check("variants", cards.variants, EVERY),
     Check("forward_contract", calling.forward_contract, MODULES | CALLED),
     Check("same_type_in_eval", calling.same_type_in_eval, TRAINED),
-    Check("levels", calling.levels, _kinds("backbone")),
-    Check("predict_contract", calling.predict_contract, _kinds("system")),
-    Check("deployable", calling.deployable, _kinds("procedure")),
-    Check("players", calling.players, _kinds("two_players")),
-    Check("explains", others.explains, _kinds("explanation")),
-    Check("model_untouched", others.model_untouched, _kinds("explanation")),
+    Check("levels", calling.levels, frozenset({"backbone"})),
+    Check("predict_contract", calling.predict_contract, frozenset({"system"})),
+    Check("deployable", calling.deployable, frozenset({"procedure"})),
+    Check("players", calling.players, frozenset({"two_players"})),
+    Check("explains", others.explains, frozenset({"explanation"})),
+    Check("model_untouched", others.model_untouched, frozenset({"explanation"})),
     Check("deterministic", calling.deterministic, CALLED),
     Check("rng_untouched", calling.rng_untouched, CALLED),
     Check("input_unchanged", calling.input_unchanged, MODULES | CALLED),
     Check("mode_unchanged", calling.mode_unchanged, TRAINED),
-    Check("batch_independence", batches.batch_independence, NETWORKS | _kinds("procedure explanation")),
-    Check("row_order", batches.row_order, NETWORKS | _kinds("procedure explanation")),
-    Check("nan_stays", batches.nan_stays, NETWORKS | _kinds("procedure")),
-    Check("sizes", batches.sizes, NETWORKS | _kinds("procedure explanation")),
-    Check("batch_of_one", batches.batch_of_one, NETWORKS | _kinds("procedure explanation")),
+    Check("batch_independence", batches.batch_independence, NETWORKS | frozenset({"procedure", "explanation"})),
+    Check("row_order", batches.row_order, NETWORKS | frozenset({"procedure", "explanation"})),
+    Check("nan_stays", batches.nan_stays, NETWORKS | frozenset({"procedure"})),
+    Check("sizes", batches.sizes, NETWORKS | frozenset({"procedure", "explanation"})),
+    Check("batch_of_one", batches.batch_of_one, NETWORKS | frozenset({"procedure", "explanation"})),
     Check("empty_batch", batches.empty_batch, NETWORKS),
     Check("smallest", batches.smallest, NETWORKS),
     Check("too_small", batches.too_small, NETWORKS),
@@ -79,21 +77,21 @@ CHECKS: tuple[Check, ...] = (
     Check("state_dict", building.state_dict, MODULES),
     Check("moves", building.moves, MODULES),
     Check("bfloat16", layouts.bfloat16, MODULES),
-    Check("channels_last", layouts.channels_last, NETWORKS | _kinds("procedure")),
+    Check("channels_last", layouts.channels_last, NETWORKS | frozenset({"procedure"})),
     Check("non_contiguous", layouts.non_contiguous, NETWORKS | PARTS),
-    Check("reductions", losses.reductions, _kinds("loss")),
-    Check("non_negative", losses.non_negative, _kinds("loss")),
-    Check("order_invariant", losses.order_invariant, _kinds("loss")),
-    Check("empty_targets", losses.empty_targets_check, _kinds("loss system")),
-    Check("extreme_predictions", losses.extreme_predictions, _kinds("loss")),
-    Check("merges", others.merges, _kinds("metric")),
-    Check("resets", others.resets, _kinds("metric")),
-    Check("seeded_search", others.seeded_search, _kinds("search")),
-    Check("resumes", others.resumes, _kinds("search")),
+    Check("reductions", losses.reductions, frozenset({"loss"})),
+    Check("non_negative", losses.non_negative, frozenset({"loss"})),
+    Check("order_invariant", losses.order_invariant, frozenset({"loss"})),
+    Check("empty_targets", losses.empty_targets_check, frozenset({"loss", "system"})),
+    Check("extreme_predictions", losses.extreme_predictions, frozenset({"loss"})),
+    Check("merges", others.merges, frozenset({"metric"})),
+    Check("resets", others.resets, frozenset({"metric"})),
+    Check("seeded_search", others.seeded_search, frozenset({"search"})),
+    Check("resumes", others.resumes, frozenset({"search"})),
     Check("learns", gradients.learns, TRAINED),
-    Check("compiles", exporting.compiles, NETWORKS | PARTS | _kinds("procedure"), costly=True),
-    Check("exports", exporting.exports, NETWORKS | _kinds("procedure"), costly=True),
-    Check("onnx", exporting.onnx, NETWORKS | _kinds("procedure"), costly=True),
+    Check("compiles", exporting.compiles, NETWORKS | PARTS | frozenset({"procedure"}), costly=True),
+    Check("exports", exporting.exports, NETWORKS | frozenset({"procedure"}), costly=True),
+    Check("onnx", exporting.onnx, NETWORKS | frozenset({"procedure"}), costly=True),
 )
 
 

@@ -15,7 +15,11 @@ from torchive.testing.tree import close, finite, leaves, map_tree, tensors
 
 
 def _rows(subject: Subject, module: Any, inputs: tuple[Any, ...]) -> list[Any]:
-    """One nest of tensors per row of the batch: of ``predict`` for detection, of ``forward`` otherwise."""
+    """One nest of tensors per row of the batch: of ``predict`` for detection, of ``forward`` otherwise.
+
+    Raises:
+        NotApplicableError: the output of several samples has no row for each. AssertionError: that of one has not.
+    """
     with torch.no_grad():
         if subject.is_detection:
             return list(module.predict(*inputs))
@@ -23,7 +27,9 @@ def _rows(subject: Subject, module: Any, inputs: tuple[Any, ...]) -> list[Any]:
     n = len(inputs[0])
     for path, tensor in leaves(output):
         if tensor.ndim == 0 or len(tensor) != n:
-            raise NotApplicableError(f"{path} of shape {tuple(tensor.shape)} has no row for each of {n} samples")
+            fault = f"{path} of shape {tuple(tensor.shape)} has no row for each of {n} samples"
+            assert n > 1, fault
+            raise NotApplicableError(fault)
     return [map_tree(lambda t, i=i: t[i], output) for i in range(n)]  # type: ignore[misc]
 
 
@@ -90,9 +96,9 @@ def sizes(subject: Subject) -> None:
         _runs(subject, module, shape)
     divisor, axes = int(subject.tiny.get("divisor", 1)), subject.size_axes
     if divisor > 1:
-        shape = list(subject.shape)
-        shape[axes[-1]] += 1
-        _refuses(subject, module, tuple(shape), rf"\b{divisor}\b", f"the divisor {divisor}")
+        odd = list(subject.shape)
+        odd[axes[-1]] += 1
+        _refuses(subject, module, tuple(odd), rf"\b{divisor}\b", f"the divisor {divisor}")
 
 
 def batch_of_one(subject: Subject) -> None:
@@ -137,7 +143,8 @@ def _refuses(subject: Subject, module: nn.Module, shape: tuple[int, ...], patter
         with torch.no_grad(), seeded():
             subject.forward(module, subject.inputs(shape=shape))
     except ValueError as error:
-        assert re.search(pattern, str(error)), f"shape {shape}: the ValueError does not say {what}: {error}"
+        if not re.search(pattern, str(error)):
+            raise AssertionError(f"shape {shape}: the ValueError does not say {what}: {error}") from error
         return
     except Exception as error:
         raise AssertionError(f"shape {shape}: expected a ValueError, got {type(error).__name__}: {error}") from error
@@ -173,7 +180,8 @@ def _rejects(subject: Subject, module: Any, inputs: tuple[Any, ...], pattern: st
         with torch.no_grad():
             subject.forward(module, inputs)
     except (ValueError, TypeError, RuntimeError) as error:
-        assert re.search(pattern, str(error)), f"{what}: the error is unclear: {type(error).__name__}: {error}"
+        if not re.search(pattern, str(error)):
+            raise AssertionError(f"{what}: the error is unclear: {type(error).__name__}: {error}") from error
         return
     except Exception as error:
         raise AssertionError(f"{what}: expected ValueError, TypeError or RuntimeError, got {error!r}") from error

@@ -92,7 +92,7 @@ def seeded_weights(subject: Subject) -> None:
 
 
 def state_dict(subject: Subject) -> None:
-    """After some training passes the state dict, loaded strictly into a new instance, gives the same output bit for bit."""
+    """After training passes the state dict, loaded strictly into a new instance, gives the same output bit for bit."""
     module, inputs = subject.make(), subject.inputs()
     perturb(module)
     if any(p.requires_grad for p in module.parameters()) or subject.kind != "loss":

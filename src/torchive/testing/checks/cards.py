@@ -67,9 +67,8 @@ def docstring(subject: Subject) -> None:
     cls = resolve(sheet.class_path)
     text = _module_text(cls, sheet)
     last = sheet.paper.authors.split(",")[0].split()[-1]
-    assert str(sheet.paper.year) in text and last in text, (
-        f"the module's docstring does not cite {last} {sheet.paper.year}"
-    )
+    missing = [word for word in (str(sheet.paper.year), last) if word not in text]
+    assert not missing, f"the module's docstring does not cite {last} {sheet.paper.year}: {', '.join(missing)} missing"
     if sheet.paper.arxiv:
         assert sheet.paper.arxiv in text, f"the module's docstring lacks arXiv:{sheet.paper.arxiv}"
     own = inspect.getdoc(cls) or ""

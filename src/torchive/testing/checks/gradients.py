@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 
 from torchive.testing.report import NotApplicableError
 from torchive.testing.subject import Subject, perturb, seeded
@@ -91,7 +92,7 @@ def gradcheck(subject: Subject) -> None:
     with seeded():
         try:
             torch.autograd.gradcheck(function, points, fast_mode=True, eps=1e-6, atol=1e-5, rtol=1e-3, nondet_tol=1e-9)
-        except torch.autograd.gradcheck.GradcheckError as error:  # type: ignore[attr-defined]
+        except GradcheckError as error:
             text = " ".join(str(error).split())
             raise AssertionError(f"analytic and numeric gradients differ: {text[:300]}") from None
 
@@ -105,7 +106,7 @@ class _Learner(nn.Module):
         self.stem = nn.Linear(channels, channels)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        first = self.stem(inputs[0].movedim(self.axis, -1)).movedim(-1, self.axis)
+        first = self.stem(inputs[0].movedim(self.axis, -1)).movedim(-1, self.axis).contiguous()
         parts = [t.flatten(1).mean(1) + t.flatten(1).std(1) for t in tensors(self.part(first, *inputs[1:]))]
         return torch.stack(parts, 1).mean(1)
 

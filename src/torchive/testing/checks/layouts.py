@@ -8,7 +8,7 @@ from torch import Tensor
 from torchive.testing.checks.calling import require_tensor_inputs
 from torchive.testing.report import NotApplicableError
 from torchive.testing.subject import Subject, seeded, total
-from torchive.testing.tree import cast, close, finite, leaves, tensors
+from torchive.testing.tree import cast, close, finite, leaves
 
 
 def bfloat16(subject: Subject) -> None:
@@ -68,9 +68,8 @@ def channels_last(subject: Subject) -> None:
     assert not fault, f"channels-last gives other values: {fault}"
     for path, tensor in leaves(output):
         if tensor.ndim == len(subject.shape) and tensor.shape[1] > 1 and tensor[0, 0].numel() > 1:
-            assert tensor.is_contiguous(memory_format=layout), (
-                f"{path} of shape {tuple(tensor.shape)} lost channels-last"
-            )
+            kept = tensor.stride(1) == 1  # a crop of a channels-last map is one, too
+            assert kept, f"{path} of shape {tuple(tensor.shape)} lost channels-last: strides {tensor.stride()}"
 
 
 def non_contiguous(subject: Subject) -> None:
@@ -85,8 +84,6 @@ def non_contiguous(subject: Subject) -> None:
 def _strided(x: Tensor) -> Tensor:
     if not x.is_floating_point() or x.ndim < 2:
         return x
-    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), 1e3, dtype=x.dtype)
-    wide[..., ::2] = x
-    view = wide[..., ::2]
-    assert view.numel() < 2 or not view.is_contiguous() or not tensors(view)
-    return view
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), 1e3, dtype=x.dtype)
+    wide[..., 1:-2] = x
+    return wide[..., 1:-2]  # a crop

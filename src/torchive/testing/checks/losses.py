@@ -73,7 +73,7 @@ def empty_targets_check(subject: Subject) -> None:
             cases += [(name, (inputs[0], target)) for name, target in empty_targets(spec, inputs[1], subject.shape)]
         for name, given in cases:
             module, prediction = subject.make(), given[0].clone().requires_grad_()
-            _survives(name, lambda m=module, p=prediction, g=given: m(p, *g[1:]), prediction)  # type: ignore[misc]
+            _survives(name, lambda m=module, p=prediction, g=given: m(p, *g[1:]), prediction)
         return
     inputs = subject.inputs()
     shapes = [tuple(image.shape) for image in inputs[0]]
@@ -82,7 +82,7 @@ def empty_targets_check(subject: Subject) -> None:
         raise NotApplicableError(f"targets of kind {spec.get('kind')!r} cannot be empty")
     for name, targets in found:
         module = subject.make().train()
-        _survives(name, lambda m=module, t=targets: total(subject.losses(m, inputs, t)), None)  # type: ignore[misc]
+        _survives(name, lambda m=module, t=targets: total(subject.losses(m, inputs, t)), None)
         bad = [n for n, p in module.named_parameters() if finite(p.grad)]
         assert not bad, f"{name}: the gradient of {bad[0]} is not finite"
 
@@ -105,4 +105,4 @@ def extreme_predictions(subject: Subject) -> None:
     inputs = subject.inputs()
     for name, factor in (("predictions x 1e4", 1e4), ("predictions x -1e4", -1e4), ("all predictions zero", 0.0)):
         module, prediction = subject.make(), (inputs[0] * factor).requires_grad_()
-        _survives(name, lambda m=module, p=prediction: m(p, *inputs[1:]), prediction)  # type: ignore[misc]
+        _survives(name, lambda m=module, p=prediction: m(p, *inputs[1:]), prediction)

@@ -41,9 +41,8 @@ def model_untouched(subject: Subject) -> None:
         assert not same_bits(kept, dict(model.state_dict())), "explaining changed the weights or buffers"
         after = _state(model)
         changed = [name for name, value in before.items() if after.get(name) != value]
-        assert before.keys() == after.keys() and not changed, (
-            f"explaining changed {', '.join(changed[:5]) or 'the parts'}"
-        )
+        assert before.keys() == after.keys(), "explaining added or removed parts"
+        assert not changed, f"explaining changed {', '.join(changed[:5])}"
         grads = [p.grad is not None and bool((p.grad == 0.5).all()) for p in model.parameters()]
         assert all(grads), "explaining wrote into the gradients of the parameters"
 

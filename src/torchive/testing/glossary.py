@@ -1,0 +1,78 @@
+"""The words of constructors: one word for one idea in all methods. A word that is not here fails the glossary's test.
+
+Before a line is added: is there a word already? ``channels``, not ``dim``; ``num_classes``, not ``classes``.
+"""
+
+from __future__ import annotations
+
+GLOSSARY: dict[str, str] = {
+    # sizes of what goes in and out
+    "channels": "C of a part that keeps its number of channels",
+    "in_channels": "channels of the input",
+    "out_channels": "channels of the output",
+    "gate_channels": "channels of the coarser map that gates",
+    "skip_channels": "channels of the finer map that is passed across",
+    "below_channels": "channels of the coarser map that is upsampled",
+    "inter_channels": "channels inside, between reduction and expansion",
+    "embedding_dim": "length of an embedding",
+    "num_classes": "K, without background",
+    "num_heads": "attention heads",
+    "image_size": "height and width of the image, in pixels",
+    "ndim": "number of spatial axes: 2 for images, 3 for volumes",
+    "width": "channels of every level of a neck or a head",
+    "widths": "channels of each stage, finest first",
+    "channel_dim": "axis of the channels: 1, or -1 for tokens",
+    # parts
+    "backbone": "feature network: a module with levels, or timm/NAME or torchvision/NAME",
+    "network": "image network that is used as it is: a module, or timm/NAME or torchvision/NAME",
+    "encoder": "network that a procedure trains",
+    "head": "last part, which maps features to the result: its name or a module",
+    "options": "further keyword arguments of a named network",
+    "norm": "normalisation layer: a class or a function of the number of channels",
+    "act": "activation: a class or a module",
+    "loss": "loss of a system: a module of prediction and target",
+    "sources": "names or modules of the feature maps that a head reads",
+    "layer": "layer of a model, by dotted name or as a module",
+    "layers": "several of ``layer``",
+    # convolution and attention
+    "kernel_size": "side of the window",
+    "stride": "step of the window",
+    "padding": "border that is added on each side",
+    "dilation": "distance of the window's taps",
+    "groups": "groups of channels that do not mix",
+    "bias": "whether a linear map has an offset",
+    "drop": "share of activations that are dropped in training",
+    "eps": "what keeps a denominator above zero",
+    "align_corners": "interpolation convention, as in torch.nn.functional.interpolate",
+    # a method's own dials
+    "variant": "which of the paper's forms",
+    "mode": "which of several ways to compute the same thing",
+    "reduction": "R by which a squeeze divides its channels; of a loss: none, mean or sum",
+    "ratio": "R by which a squeeze divides its channels, where ``reduction`` is taken",
+    "pieces": "K linear pieces of an activation",
+    "slope_range": "largest change of a slope",
+    "offset_range": "largest change of an offset",
+    "temperature": "what logits are divided by before a softmax",
+    "normalisation": "how weights are made to sum to one or lie in [0, 1]",
+    "open_bias": "offset of a gate's logit at the start; large is open",
+    "deep_supervision": "whether coarser levels give logits, too",
+    "momentum": "share of a moving average that is kept",
+    "buffer_size": "number of past batches that are averaged",
+    "warmup_iters": "training passes before a running statistic is used",
+    "ema_of": "which statistic feeds the moving average",
+    # losses and training
+    "gamma": "scale of logits or of a focus, the paper's letter",
+    "margin": "distance that a pair must keep, the paper's m; of a crop: its border",
+    "alpha": "weight of the second term of a loss",
+    "smooth": "what is added to numerator and denominator of an overlap",
+    "over": "axes over which an overlap is summed",
+    "ignore_index": "class index of what does not count",
+    "weight": "weight of each class",
+    "mining_ratio": "hard negatives for each positive",
+    "iou_threshold": "overlap from which a box counts as matched",
+    "default_box_set": "whose scales and centres the default boxes have",
+    "classification": "loss of the classes: softmax or sigmoids",
+    "lite": "whether convolutions are separable",
+    "scale": "factor by which an image is made smaller",
+    "crop": "side of the crop that a second stage sees, in pixels",
+}
