@@ -66,6 +66,9 @@ def _data_member(package: Path) -> bytes:
                 raise DataError(f"{package}: damaged Debian package")
             size = int(header[48:58])
             if header.startswith(b"data.tar"):
-                return file.read(size)
+                content = file.read(size)
+                if len(content) < size:
+                    raise DataError(f"{package}: a Debian package that ends too early")
+                return content
             file.seek(size + size % 2, io.SEEK_CUR)
     raise DataError(f"{package}: a Debian package without data")

@@ -19,9 +19,9 @@ from torchive.data.faults import DataError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 #: Images of more pixels are never decoded (Pillow's own limit).
 MAX_PIXELS = 89_478_485
-_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
-_CUT = ("truncat", "unrecognized data stream", "premature", "broken", "unexpected end", "not enough")
+_CUT = ("truncat", "unrecognized data stream", "premature", "broken", "unexpected end", "not enough", "not large")
 
 
 class ImageFault(DataError):
@@ -97,7 +97,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise ImageFault(path, "unreadable", f"not an image of a known format ({', '.join(_FORMATS)})") from error
     except Exception as error:  # Pillow's decoders raise many types on damaged files
         text = f"{error}" or type(error).__name__
-        kind = "truncated" if any(word in text.lower() for word in _CUT) else "unreadable"
+        cut = any(word in text.lower() for word in _CUT) or _cut_riff(path, head)
+        kind = "truncated" if cut else "unreadable"
         raise ImageFault(path, kind, text) from error
 
 
@@ -112,6 +113,11 @@ def _head(path: Path) -> bytes:
     if not head:
         raise ImageFault(path, "zero-byte", "the file is empty")
     return head
+
+
+def _cut_riff(path: Path, head: bytes) -> bool:
+    """Whether a WebP file is shorter than its own header says; its decoder does not tell."""
+    return head.startswith(b"RIFF") and int.from_bytes(head[4:8], "little") + 8 > path.stat().st_size
 
 
 def image_size(image: Any) -> tuple[int, int]:

@@ -1,0 +1,162 @@
+"""Boxes and masks follow the image; training and prediction see one normalisation."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from torchive import transforms
+from torchive.structures import Sample
+
+
+def scene(height: int = 40, width: int = 60) -> Sample:
+    """A bright rectangle on black, with its box and mask."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    image[:, 10:20, 12:36] = 255
+    masks = (image[:1] > 0).to(torch.uint8)
+    target = {
+        "boxes": torch.tensor([[12.0, 10.0, 36.0, 20.0]]),
+        "labels": torch.tensor([2]),
+        "masks": masks,
+        "area": torch.tensor([240.0]),
+        "iscrowd": torch.tensor([0]),
+    }
+    return Sample(image, target, "scene")
+
+
+@pytest.mark.parametrize("augment", ["default", ["flip", "vflip"], ["iou_crop", "flip"]])
+def test_boxes_and_masks_follow_the_image(augment: object) -> None:
+    transform = transforms.build("detection", image_size=120, train=True, augment=augment)
+    flips = 0
+    for seed in range(12):
+        torch.manual_seed(seed)
+        sample = transform(scene())
+        assert sample.image.dtype == torch.float32
+        assert sample.image.max() <= 1
+        if len(sample.target["boxes"]) == 0:
+            continue
+        x0, y0, x1, y1 = sample.target["boxes"][0].round().int().tolist()
+        bright = sample.image[0] > 0.3
+        mask = sample.target["masks"][0].bool()
+        inside = torch.zeros_like(bright)
+        inside[y0:y1, x0:x1] = True
+        assert (inside ^ mask).float().mean() < 0.02
+        assert (bright ^ mask).float().mean() < 0.02
+        assert sample.target["labels"].tolist() == [2]
+        assert len(sample.target["iscrowd"]) == 1
+        assert sample.target["area"].item() == mask.sum().item()
+        flips += x0 > 36
+    if augment == "default":
+        assert 0 < flips < 12
+
+
+def test_an_image_without_boxes_stays_one() -> None:
+    target = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "masks": torch.zeros(0, 40, 60, dtype=torch.uint8),
+    }
+    for augment in ("default", ["iou_crop"]):
+        transform = transforms.build("detection", image_size=30, train=True, augment=augment)
+        result = transform(Sample(scene().image, target, "x"))
+        assert result.image.shape == (3, 20, 30)
+        assert result.target["boxes"].shape == (0, 4)
+        assert result.target["masks"].shape == (0, 20, 30)
+
+
+def test_a_crop_drops_every_row_of_a_lost_box() -> None:
+    image = torch.zeros(3, 80, 80, dtype=torch.uint8)
+    target = {
+        "boxes": torch.tensor([[2.0, 2.0, 12.0, 12.0], [60.0, 60.0, 78.0, 78.0]]),
+        "labels": torch.tensor([1, 2]),
+        "iscrowd": torch.tensor([0, 0]),
+        "area": torch.tensor([100.0, 324.0]),
+    }
+    transform = transforms.build("detection", image_size=None, train=True, augment=["iou_crop"])
+    lost = 0
+    for seed in range(30):
+        torch.manual_seed(seed)
+        result = transform(Sample(image, target, "x")).target
+        assert len({len(value) for value in result.values()}) == 1
+        lost += len(result["boxes"]) == 1
+    assert lost
+
+
+def test_segmentation_masks_follow_the_image() -> None:
+    mask = (scene().image[0] > 0).long()
+    mask[0, 0] = 255
+    for train in (True, False):
+        transform = transforms.build("segmentation", image_size=32, train=train)
+        for seed in range(6):
+            torch.manual_seed(seed)
+            result = transform(Sample(scene().image, mask, "x"))
+            assert result.image.shape == (3, 32, 32)
+            assert result.target.shape == (32, 32)
+            assert result.target.dtype == torch.int64
+            assert set(result.target.unique().tolist()) <= {0, 1, 255}
+            bright = transforms.denormalise(result.image, "segmentation")[0] > 0.35
+            assert (bright ^ (result.target == 1)).float().mean() < 0.06
+
+
+def test_classification_shapes_channels_and_normalisation() -> None:
+    image = scene().image
+    for train in (True, False):
+        for channels in (1, 3):
+            transform = transforms.build("classification", image_size=24, train=train, channels=channels)
+            result = transform(Sample(image, 1, "x"))
+            assert result.image.shape == (channels, 24, 24)
+            assert result.image.dtype == torch.float32
+    mean, deviation = transforms.normalisation("classification", 3)
+    flat = torch.full((3, 24, 24), 51, dtype=torch.uint8)
+    result = transforms.build("classification", image_size=24, train=False)(Sample(flat, 1, "x")).image
+    assert torch.allclose(result[:, 0, 0], (0.2 - torch.tensor(mean)) / torch.tensor(deviation))
+    assert torch.allclose(transforms.denormalise(result, "classification"), torch.full((3, 24, 24), 0.2))
+    assert transforms.normalisation("detection", 3) == ((0.0,) * 3, (1.0,) * 3)
+
+
+def test_evaluation_draws_nothing() -> None:
+    for task in ("classification", "detection", "segmentation"):
+        transform = transforms.build(task, image_size=32, train=False)
+        before = torch.get_rng_state()
+        transform(Sample(scene().image, None, "x"))
+        assert torch.equal(before, torch.get_rng_state())
+
+
+def test_prediction_needs_no_target_and_the_input_is_unchanged() -> None:
+    for task in ("classification", "detection", "segmentation"):
+        for train in (True, False):
+            sample = Sample(scene().image, None, "x")
+            copy = sample.image.clone()
+            assert transforms.build(task, image_size=32, train=train)(sample).target is None
+            assert torch.equal(sample.image, copy)
+
+
+def test_views_and_other_transforms() -> None:
+    def two(image: torch.Tensor) -> torch.Tensor:
+        assert image.shape == (3, 24, 36)
+        assert image.max() <= 1
+        return torch.stack([image[:, :16, :16], image[:, -16:, -16:]])
+
+    transform = transforms.build("selfsupervised", image_size=16, train=True, augment=two)
+    assert transform(scene()).image.shape == (2, 3, 16, 16)
+    own = transforms.build("classification", image_size=16, train=True, augment=["flip", v2.RandomErasing(1.0)])
+    assert own(Sample(scene().image, 0, "x")).image.shape == (3, 16, 16)
+    assert pickle.loads(pickle.dumps(own)).image_size == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"task": "classify"}, "classification"),
+        ({"image_size": 0}, "at least 1"),
+        ({"channels": 2}, "1, 3 or None"),
+        ({"augment": ["flop"]}, "did you mean 'flip'"),
+        ({"augment": "defaults"}, "did you mean 'default'"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        transforms.build(**{"task": "classification", "image_size": 16, "train": True, **options})
