@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 
-from torchive.catalogue.words import CHINESE, EMPTY, SAME
+from torchive.catalogue.words import ALSO, CHINESE, EMPTY, SAME
 
 Phrase = tuple[str, ...]
 
 SYNONYM, PREFIX, CORRECTED = 0.8, 0.7, 0.85  # what is left of a hit that is not literal
+PROBLEM, GENERIC = 1.5, 0.5  # weights of words that name a problem, and of words such as "image"
 _WORD = re.compile(r"[a-z0-9]+")
 _CHINESE = re.compile(r"[\u3400-\u9fff]+")
 _ENDINGS = re.compile(
@@ -30,12 +31,14 @@ class Concept:
         answers: stems that a card may hold instead, and what a hit on them is worth, 0 to 1.
         chinese: Chinese characters to look for in the Chinese line; empty for others.
         corrected: the known word that an unknown one was taken for; empty where nothing was corrected.
+        weight: what the concept counts beside its rarity: ``PROBLEM`` where its words are the name of a problem.
     """
 
     literal: str
     answers: tuple[tuple[Phrase, float], ...]
     chinese: str = ""
     corrected: str = ""
+    weight: float = 1.0
 
 
 def words_of(text: str) -> list[str]:
@@ -71,19 +74,26 @@ def concepts_of(question: str, vocabulary: Mapping[str, str]) -> list[Concept]:
 
     Args:
         question: English or Chinese words, mixed as one likes.
-        vocabulary: every stem that cards or synonyms hold -> a word that has it.
+        vocabulary: stems of cards and synonyms -> a word that has each, or "" where nobody means it by mistake.
     """
     found = []
     for run in _CHINESE.findall(question):
         found += _chinese_concepts(run)
     tokens = [word for word in words_of(question) if word not in EMPTY]
     known, table, i = [stem(word) for word in tokens], _synonyms(), 0
+    problems = {_phrase(p) for group in SAME for p in group}
     while i < len(tokens):
         for n in range(min(5, len(tokens) - i), 0, -1):
             phrase = tuple(known[i : i + n])
             if phrase in table:
                 others = tuple((p, SYNONYM) for p in table[phrase])
-                found.append(Concept(" ".join(tokens[i : i + n]), ((phrase, 1.0), *others)))
+                found.append(
+                    Concept(
+                        " ".join(tokens[i : i + n]),
+                        ((phrase, 1.0), *others),
+                        weight=PROBLEM if phrase in problems else GENERIC,
+                    )
+                )
                 break
         else:
             n = 1
@@ -92,14 +102,9 @@ def concepts_of(question: str, vocabulary: Mapping[str, str]) -> list[Concept]:
     return found
 
 
-def corrections(question: str, vocabulary: Mapping[str, str]) -> dict[str, str]:
-    """Unknown words of a question -> the known words they were taken for."""
-    return {c.literal: c.corrected for c in concepts_of(question, vocabulary) if c.corrected}
-
-
 def synonym_words() -> list[str]:
     """Every word of the synonyms."""
-    return [word for group in SAME for phrase in group for word in words_of(phrase)]
+    return [word for group in (*SAME, *ALSO) for phrase in group for word in words_of(phrase)]
 
 
 def _single(token: str, vocabulary: Mapping[str, str]) -> Concept:
@@ -109,8 +114,8 @@ def _single(token: str, vocabulary: Mapping[str, str]) -> Concept:
     longer = [s for s in vocabulary if len(bare) >= 4 and s.startswith(bare)]
     if longer:
         return Concept(token, tuple(((s,), PREFIX) for s in longer))
-    surfaces = {word: s for s, word in vocabulary.items()}
-    close = get_close_matches(token, surfaces, n=1, cutoff=0.78) if len(token) >= 4 else []
+    surfaces = {word: s for s, word in vocabulary.items() if word[:1] == token[0] and abs(len(word) - len(token)) < 3}
+    close = get_close_matches(token, surfaces, n=1, cutoff=0.82) if len(token) >= 4 else []
     if not close:
         return Concept(token, ())
     right = surfaces[close[0]]
@@ -126,7 +131,7 @@ def _chinese_concepts(run: str) -> list[Concept]:
             if known in CHINESE:
                 phrase = stems(CHINESE[known])
                 others = tuple((p, SYNONYM) for p in _synonyms().get(phrase, ()))
-                found.append(Concept(known, ((phrase, 0.9), *others), chinese=known))
+                found.append(Concept(known, ((phrase, 0.9), *others), chinese=known, weight=PROBLEM))
                 break
         else:
             n = 1
@@ -138,8 +143,12 @@ def _chinese_concepts(run: str) -> list[Concept]:
 @lru_cache(maxsize=1)
 def _synonyms() -> dict[Phrase, tuple[Phrase, ...]]:
     table: dict[Phrase, tuple[Phrase, ...]] = {}
-    for group in SAME:
-        phrases = tuple(dict.fromkeys(tuple(stem(w) for w in words_of(p) if w not in EMPTY) for p in group))
+    for group in (*SAME, *ALSO):
+        phrases = tuple(dict.fromkeys(map(_phrase, group)))
         for phrase in phrases:
             table[phrase] = (*table.get(phrase, ()), *(p for p in phrases if p != phrase))
     return table
+
+
+def _phrase(text: str) -> Phrase:
+    return tuple(stem(word) for word in words_of(text) if word not in EMPTY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -15,10 +16,10 @@ from torchive.catalogue.card import KINDS, STATES, Card
 from torchive.catalogue.evidence import evidence_of
 from torchive.catalogue.index import get_card, index
 from torchive.catalogue.question import (
+    PROBLEM,
     Concept,
     Phrase,
     concepts_of,
-    corrections,
     squash,
     stem,
     stems,
@@ -30,8 +31,8 @@ from torchive.catalogue.words import TASKS
 VERDICTS = ("ship", "build", "watch")
 #: How much a hit in each field of a card is worth.
 FIELDS = {
-    "name": 1.0,
-    "alias": 1.0,
+    "name": 0.8,
+    "alias": 0.8,
     "tag": 0.9,
     "title": 0.75,
     "task": 0.6,
@@ -40,8 +41,11 @@ FIELDS = {
     "authors": 0.4,
     "claim": 0.35,
 }
-LEAST_SHARE = 0.4  # share of a question's weight that a card must answer
-LEAST_OF_BEST = 0.3  # share of the best score below which nothing is shown
+RARITY = 0.35  # what rarity adds to the weight of a concept
+UNKNOWN = 0.4  # weight of an unknown word beside a known problem
+LEAST_SHARE = 0.45  # share of a question's weight that a card must answer
+LEAST_NAMED = 0.34  # the same where the question names a problem
+LEAST_SCORE, LEAST_OF_BEST = 0.3, 0.3  # scores below this, or this share of the best, are not shown
 NEAR, BUILT = 0.15, 0.02  # added where the whole question stands in one text, and where the method is built
 
 
@@ -120,8 +124,8 @@ def find(words: str, limit: int = 10) -> list[Match]:
     """
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    concepts = concepts_of(words, _vocabulary())
-    importance = [_importance(concept) for concept in concepts]
+    concepts = _concepts(words)
+    importance = _importance(concepts)
     whole = squash(words)
     near = _near_names(whole) if any(c.corrected or not c.answers for c in concepts) else {}
     scored = []
@@ -134,13 +138,13 @@ def find(words: str, limit: int = 10) -> list[Match]:
         if score:
             scored.append((score, entry.name, why))
     scored.sort(key=lambda s: (-s[0], s[1]))
-    least = LEAST_OF_BEST * scored[0][0] if scored else 0.0
+    least = max(LEAST_OF_BEST * scored[0][0], LEAST_SCORE) if scored else 0.0
     return [Match(get_card(n), round(s, 3), ", ".join(why)) for s, n, why in scored[:limit] if s >= least]
 
 
 def did_you_mean(words: str) -> str | None:
     """The question with its unknown words corrected; none where every word is known or nothing is close."""
-    right = corrections(words, _vocabulary())
+    right = {c.literal: c.corrected for c in _concepts(words) if c.corrected}
     return " ".join(right.get(word, word) for word in words_of(words)) if right else None
 
 
@@ -184,9 +188,9 @@ def _vocabulary() -> dict[str, str]:
     """Every stem of the cards and of the synonyms -> a word that has it."""
     known: dict[str, str] = {}
     for entry in _corpus():
-        for _, text, _ in entry.texts:
+        for kind, text, _ in entry.texts:
             for word in words_of(text):
-                known.setdefault(stem(word), word)
+                known.setdefault(stem(word), word if kind != "authors" else "")
     for word in synonym_words():
         known.setdefault(stem(word), word)
     for entry in _corpus():
@@ -202,13 +206,23 @@ def _near_names(whole: str) -> dict[str, str]:
     return {owners[name]: name for name in reversed(close)}
 
 
-def _importance(concept: Concept) -> float:
-    """Rare concepts count more, and one that no card holds counts most."""
-    holders = sum(_answer(entry, concept)[0] > 0.3 for entry in _corpus())
-    return log((len(_corpus()) + 1) / (holders + 1)) + 0.2
+@lru_cache(maxsize=64)
+def _concepts(words: str) -> tuple[Concept, ...]:
+    return tuple(concepts_of(words, _vocabulary()))
 
 
-def _score(entry: _Entry, concepts: list[Concept], importance: list[float]) -> tuple[float, list[str]]:
+def _importance(concepts: Sequence[Concept]) -> list[float]:
+    """What each concept counts: rare ones more, names of problems more, unknown words less once a problem is named."""
+    corpus = _corpus()
+    held = [sum(_answer(entry, concept)[0] > 0.3 for entry in corpus) for concept in concepts]
+    named = any(c.weight == PROBLEM and n for c, n in zip(concepts, held, strict=True))
+    return [
+        (1 + RARITY * log((len(corpus) + 1) / (n + 1))) * (c.weight if n or not named else UNKNOWN)
+        for c, n in zip(concepts, held, strict=True)
+    ]
+
+
+def _score(entry: _Entry, concepts: Sequence[Concept], importance: list[float]) -> tuple[float, list[str]]:
     total = sum(importance)
     got = share = 0.0
     why: list[str] = []
@@ -219,7 +233,7 @@ def _score(entry: _Entry, concepts: list[Concept], importance: list[float]) -> t
             share += weight
             if reason not in why:
                 why.append(reason)
-    if not total or share < LEAST_SHARE * total:
+    if not total or share < total * (LEAST_NAMED if any(c.weight == PROBLEM for c in concepts) else LEAST_SHARE):
         return 0.0, []
     literal = tuple(s for c in concepts if c.answers for s in c.answers[0][0])
     near = NEAR if len(concepts) > 1 and any(_holds(phrase, literal) for _, _, phrase in entry.texts) else 0.0

@@ -106,7 +106,7 @@ def render_show(values: Mapping[str, Any]) -> str:
         "also called": ", ".join(values.get("aliases", ())),
         "claim": values["claim"],
         "baseline": values["baseline"],
-        "verdict": values["verdict"] or "none yet",
+        "verdict": ": ".join(filter(None, (values["verdict"] or "none yet", _reasons(values["evidence"])))),
         "authors' code": ", licence ".join(filter(None, (values.get("code_origin"), values.get("code_licence")))),
         "comparison": values.get("comparison", {}).get("recipe", ""),
     }
@@ -170,6 +170,11 @@ def _shell_lines(card: Card) -> list[str]:
     if card.comparison:
         lines.append(f"torchive compare {card.name} --data folder:my_images")
     return lines
+
+
+def _reasons(record: Mapping[str, Any]) -> str:
+    verdict = record.get("verdict", {})
+    return "; ".join(filter(None, (*verdict.get("why", ()), verdict.get("scale", ""))))
 
 
 def _proof_lines(record: Mapping[str, Any]) -> list[str]:

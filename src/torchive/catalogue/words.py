@@ -31,11 +31,11 @@ TASKS = (
 )
 
 _EMPTY = """
-a all am an and any are as at based be been best but by can could deep do does for from get give given good has have
-help how i if in into is it its let like made make me method methods model models my need new of on one onto or our
-out paper please should so some somebody someone something such than that the their them then there these they this
-to too train training under up us use used using very want was way we well what when which while will with without
-would you your
+a all am an and any are as at based be been best but by can could deep do does each for from get give given good has
+have help how i if in into is it its kind kinds let like made make me method methods model models my need new of on
+one onto or our out paper please see sees should so some somebody someone something such than that the their them
+then there these they this to too train training under up us use used using very want was way we well what when
+which while will with without would you your
 """
 
 #: Words of a question that say nothing about the problem.
@@ -45,7 +45,7 @@ EMPTY = frozenset(_EMPTY.split())
 SAME = (
     ("long tail", "long tailed", "class imbalance", "imbalanced", "unbalanced", "imbalanced classes", "rare classes",
      "rare categories", "rare objects", "skewed classes"),
-    ("tiny batch", "small batch", "batch size", "micro batch", "batch of two", "low batch"),
+    ("tiny batch", "small batch", "batch size", "micro batch", "batch of two", "batch of one", "low batch"),
     ("mobile", "phone", "smartphone", "edge device", "embedded", "arm", "raspberry pi", "android", "iphone"),
     ("cheap", "efficient", "light", "lightweight", "fast", "low cost", "save computation", "fewer flops", "real time",
      "low latency", "speed up"),
@@ -62,8 +62,6 @@ SAME = (
     ("fake", "deepfake", "gan images", "generated images", "ai generated", "synthetic images", "forensics"),
     ("matting", "alpha matte", "cut out", "background removal", "remove the background", "background replacement",
      "green screen"),
-    ("person", "people", "human", "pedestrian", "portrait"),
-    ("image", "photo", "picture", "photograph", "photography", "imagery"),
     ("video", "clip", "movie", "footage"),
     ("action recognition", "activity recognition", "video classification", "gesture recognition"),
     ("ocr", "text recognition", "read text", "reading text", "character recognition"),
@@ -79,7 +77,7 @@ SAME = (
     ("medical", "ct", "mri", "x ray", "radiology", "biomedical", "microscopy", "clinical"),
     ("instance segmentation", "mask of each object", "object masks"),
     ("segmentation", "segment", "pixel labels"),
-    ("detect objects", "object detection", "find objects", "bounding boxes", "detector", "detection"),
+    ("detect objects", "object detection", "find objects", "count", "bounding boxes", "detector", "detection"),
     ("small objects", "tiny objects", "small targets"),
     ("caption", "describe an image", "image description", "alt text"),
     ("visual question answering", "vqa", "questions about an image"),
@@ -90,14 +88,20 @@ SAME = (
     ("gaze", "where do people look", "eye tracking", "fixation"),
     ("clothes", "fashion", "garment", "clothing"),
     ("skip layers", "conditional computation", "adaptive computation", "dynamic network", "early exit"),
-    ("attention", "self attention", "non local"),
-    ("loss", "objective"),
-    ("metric", "evaluation", "evaluate"),
     ("motion transfer", "make a person dance", "animate a person", "dance"),
     ("deformable", "geometric deformation", "learnt sampling grid"),
     ("overfitting", "regularisation", "overconfident"),
     ("invoice", "receipt", "form", "document"),
     ("very deep", "deep transformer", "hundreds of layers"),
+)  # fmt: skip
+
+#: Groups of the same sort whose words alone name no problem.
+ALSO = (
+    ("person", "people", "human", "pedestrian", "portrait"),
+    ("image", "photo", "picture", "photograph", "photography", "imagery"),
+    ("attention", "self attention", "non local"),
+    ("loss", "objective"),
+    ("metric", "evaluation", "evaluate"),
 )  # fmt: skip
 
 #: Chinese words of problems and the English phrases that cards use for them.
