@@ -124,12 +124,14 @@ class Subject:
         targets = draw_targets(self.tiny.get("target", {"kind": "none"}), self.shape, g, batch=n)
         return Batch(images, targets, tuple(f"sample{i}" for i in range(n)))
 
-    def targets(self, inputs: tuple[Any, ...], seed: int = 0) -> Any:
-        """A system's targets that fit these inputs."""
+    def targets(self, inputs: tuple[Any, ...], seed: int = 0, *, per_image: int = 2) -> Any:
+        """A system's targets that fit these inputs; ``per_image`` objects where they are boxes."""
         g = torch.Generator().manual_seed(seed + 1)
         spec = self.tiny.get("target", {"kind": "none"})
         if self.is_detection:
-            return draw_targets({"kind": "boxes", **spec}, [tuple(image.shape) for image in inputs[0]], g)
+            return draw_targets(
+                {"kind": "boxes", "per_image": per_image, **spec}, [tuple(image.shape) for image in inputs[0]], g
+            )
         return draw_targets(spec, tuple(inputs[0].shape), g, batch=len(inputs[0]))
 
     def _draw(self, shape: Shape, g: torch.Generator) -> Tensor:
@@ -154,11 +156,11 @@ class Subject:
             return module.explain(self.model(), inputs[0], None)
         return module(*inputs)
 
-    def objective(self, module: Any, inputs: tuple[Any, ...], *, seed: int = 0) -> Tensor:
+    def objective(self, module: Any, inputs: tuple[Any, ...], *, seed: int = 0, per_image: int = 2) -> Tensor:
         """A scalar to differentiate: the loss where the contract has one, else a seeded projection of the output."""
         with seeded(seed):
             if self.kind in ("system", "two_players"):
-                return total(self.losses(module, inputs, self.targets(inputs, seed)))
+                return total(self.losses(module, inputs, self.targets(inputs, seed, per_image=per_image)))
             if self.kind == "procedure":
                 return total(module.losses(self.batch(seed)))
             output = module(*inputs)

@@ -38,8 +38,9 @@ def draw_targets(spec: dict[str, Any], shape: Any, g: torch.Generator, *, batch:
 def _objects(spec: dict[str, Any], shape: Sequence[int], g: torch.Generator, count: int) -> dict[str, Tensor]:
     height, width = shape[-2:]
     extent = torch.tensor([width, height])
-    corner = torch.rand(count, 2, generator=g) * extent / 2
-    side = (0.25 + 0.25 * torch.rand(count, 2, generator=g)) * extent
+    size = 0.05 * 18 ** torch.rand(count, 1, generator=g)  # from a twentieth to nine tenths of the image
+    side = size * (0.9 + 0.2 * torch.rand(count, 2, generator=g)) * extent
+    corner = torch.rand(count, 2, generator=g) * (extent - side)
     boxes = torch.cat([corner, corner + side], 1)
     labels = torch.randint(1, spec["num_classes"] + 1, (count,), generator=g)
     target = {"boxes": boxes, "labels": labels}

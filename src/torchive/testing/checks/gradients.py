@@ -13,6 +13,7 @@ from torchive.testing.subject import Subject, perturb, seeded
 from torchive.testing.tree import cast, finite, leaves, tensors
 
 ATTEMPTS = 3
+CROWD = 24  # objects per image, so that every level of a detector has some to match
 LARGEST_GRADCHECK = 20_000  # elements of the input
 
 
@@ -47,7 +48,7 @@ def parameter_gradients(subject: Subject) -> None:
         module = subject.make()
         perturb(module, seed)
         module.train()
-        subject.objective(module, subject.inputs(seed), seed=seed).backward()
+        subject.objective(module, subject.inputs(seed), seed=seed, per_image=CROWD).backward()
         for name, parameter in module.named_parameters():
             if parameter.grad is not None:
                 fault = finite(parameter.grad)
