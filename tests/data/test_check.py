@@ -225,6 +225,19 @@ def test_broken_xml_names_the_line(voc: Path) -> None:
     assert (fault.kind, fault.line) == ("broken", 3)
 
 
+def test_an_image_without_annotation_is_not_dropped_silently(voc: Path, draw) -> None:
+    picture = draw(voc / "JPEGImages" / "new.png")
+    assert (only(voc).kind, only(voc).file) == ("missing", str(picture))
+    (voc / "ImageSets" / "Main").mkdir(parents=True)
+    (voc / "ImageSets" / "Main" / "train.txt").write_text("0\n1\n9\n")
+    assert (only(voc).kind, only(voc).sample) == ("missing", "9")
+
+
+def test_a_link_to_nowhere_is_missing(folder: Path) -> None:
+    (folder / "cat" / "new.png").symlink_to(folder / "nowhere.png")
+    assert (only(folder).kind, only(folder).sample) == ("missing", "cat/new.png")
+
+
 def test_a_mask_of_another_size(masks: Path) -> None:
     Image.fromarray(np.ones((5, 5), np.uint8)).save(masks / "masks" / "1.png")
     fault = only(masks)

@@ -66,6 +66,25 @@ def test_workers_change_nothing() -> None:
     assert not same(alone[:6], alone[6:12])
 
 
+def test_workers_do_the_reading() -> None:
+    samples = Squares(12)
+    loader = Loader(samples, Noise(), batch_size=4, seed=0, shuffle=True, workers=2)
+    assert len(list(loader.epoch(0))) == 3
+    assert samples.reads == []
+    loader.close()
+
+
+def test_workers_share_what_they_prepared() -> None:
+    loader = Loader(Squares(12), augmenting(), batch_size=4, seed=0, shuffle=True, workers=2)
+    memory = loader._source.memory
+    assert memory is not None
+    assert memory.get(5) is None
+    list(loader.epoch(0))
+    prepared = augmenting().prepare(Squares(12)[5])
+    assert torch.equal(memory.get(5).image, prepared.image)
+    assert memory.get(5).target == 1
+
+
 def test_memory_changes_nothing() -> None:
     def two(memory: int) -> list[Batch]:
         loader = Loader(Squares(9), augmenting(), batch_size=4, seed=3, shuffle=True, memory=memory)

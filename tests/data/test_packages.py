@@ -162,3 +162,28 @@ def test_one_pinned_build_is_asked_for_on_every_machine() -> None:
 def test_listing_imports_no_torch() -> None:
     code = "import sys; from torchive.data import data_list_rows; data_list_rows(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_processes_wait_for_one_another(own_cache: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from torchive.data.cache import turn\n"
+        "with turn(Path(sys.argv[1])):\n"
+        "    log = Path(sys.argv[2]); n = len(log.read_text()); time.sleep(0.2); log.write_text('x' * (n + 1))\n"
+    )
+    log = tmp_path / "log"
+    log.write_text("")
+    running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "lock"), str(log)]) for _ in range(4)]
+    assert [process.wait() for process in running] == [0] * 4
+    assert log.read_text() == "xxxx"
+
+
+def test_a_folder_enters_the_cache_whole_or_not_at_all(own_cache: Path) -> None:
+    from torchive.data.cache import new_folder
+
+    target = own_cache / "prepared" / "x"
+    with pytest.raises(DataError, match="cannot write the cache"), new_folder(target) as scratch:
+        (scratch / "half" / "absent").write_text("")
+    assert list(target.parent.iterdir()) == []
+    with new_folder(target) as scratch:
+        (scratch / "whole").write_text("")
+    assert [path.name for path in target.iterdir()] == ["whole"]

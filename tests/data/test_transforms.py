@@ -134,6 +134,13 @@ def test_prediction_needs_no_target_and_the_input_is_unchanged() -> None:
             assert torch.equal(sample.image, copy)
 
 
+def test_evaluation_after_views_sees_the_whole_image() -> None:
+    picture = scene(40, 40)
+    plain = transforms.build("classification", image_size=16, train=False)(picture)
+    after = transforms.build("selfsupervised", image_size=16, train=False, augment=lambda image: image)(picture)
+    assert torch.equal(plain.image, after.image)
+
+
 def test_views_and_other_transforms() -> None:
     def two(image: torch.Tensor) -> torch.Tensor:
         assert image.shape == (3, 24, 36)
@@ -159,4 +166,4 @@ def test_views_and_other_transforms() -> None:
 )
 def test_wrong_options_are_refused(options: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        transforms.build(**{"task": "classification", "image_size": 16, "train": True, **options})
+        transforms.build(**{"task": "classification", "image_size": 16, "train": False, **options})

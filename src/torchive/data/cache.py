@@ -39,7 +39,11 @@ def ensure_folder(path: Path) -> Path:
 def turn(path: Path) -> Iterator[None]:
     """Hold the lock file ``path``: one process at a time, released by the system if the process dies."""
     ensure_folder(path.parent)
-    with path.open("a+b") as handle:
+    try:
+        handle = path.open("a+b")
+    except OSError as error:
+        raise DataError(f"{path}: the cache cannot be written ({error.strerror}); set TORCHIVE_CACHE") from error
+    with handle:
         if os.name == "nt":
             import msvcrt
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,11 +58,14 @@ def check_index(source: str, index: Index, *, fresh: bool = False) -> list[Fault
         except (OSError, ValueError, TypeError):
             kept.unlink(missing_ok=True)
     faults = list(index.faults)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+    # Pillow warns of what becomes a fault here. The filter is the process's: it is set around the threads, not in them.
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore")
         for found in pool.map(lambda record: list(_check_record(record, index)), index.records):
             faults.extend(found)
     faults.extend(_empty_classes(index))
-    write_atomic(kept, json.dumps([asdict(fault) for fault in faults]).encode())
+    with suppress(OSError, DataError):  # a cache that cannot be written costs time, not truth
+        write_atomic(kept, json.dumps([asdict(fault) for fault in faults]).encode())
     return faults
 
 

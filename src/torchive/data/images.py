@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,15 +77,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     """An open and wholly decoded picture; whatever Pillow raises becomes an ImageFault."""
     head = _head(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=_FORMATS) as picture:
-                width, height = picture.size
-                if width * height > MAX_PIXELS:
-                    message = f"{width} x {height} pixels; at most {MAX_PIXELS} are loaded"
-                    raise ImageFault(path, "bomb", message)
-                picture.load()
-                yield picture
+        with Image.open(path, formats=_FORMATS) as picture:
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                message = f"{width} x {height} pixels; at most {MAX_PIXELS} are loaded"
+                raise ImageFault(path, "bomb", message)
+            picture.load()
+            yield picture
     except ImageFault:
         raise
     except Image.DecompressionBombError as error:

@@ -115,9 +115,9 @@ class Loader:
             [(epoch, index) for index in order[batch * size : (batch + 1) * size]]
             for batch in range(start_batch, len(self))
         ]
-        if self._loader:
+        if self._loader is not None:
             self._plan.batches = plan
-        batches = iter(self._loader) if self._loader else map(self._source.__getitems__, plan)
+        batches = iter(self._loader) if self._loader is not None else map(self._source.__getitems__, plan)
         while True:
             start = time.perf_counter()
             batch = next(batches, None)

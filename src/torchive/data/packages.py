@@ -58,8 +58,10 @@ def obtain(package: Package) -> Path:
             removed).
     """
     path = package.path
+    stamp = path.with_name(f".{package.file}.verified")
+    if _is_stamped(path, stamp):
+        return path
     with turn(path.with_name(f".{package.file}.lock")):
-        stamp = path.with_name(f".{package.file}.verified")
         if path.exists():
             if not _is_stamped(path, stamp):
                 _verify(path, package)

@@ -24,6 +24,7 @@ from torchive.transforms.steps import AUGMENTATIONS, CUTTING, DEFAULTS, RandomIo
 _COLOUR = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _GREY = ((0.449,), (0.226,))
 _MARGIN = 1.125  # a random crop is cut from an image this much larger
+_VIEW_MARGIN = 1.5  # and views from one this much larger
 
 Augment = str | Sequence[Any] | Callable[[Tensor], Tensor]
 
@@ -83,23 +84,20 @@ def build(
         raise ValueError(f"image_size must be at least 1, got {image_size}")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels must be 1, 3 or None, got {channels}")
+    if not isinstance(augment, str) and callable(augment):
+        if not train:
+            return Pipeline(task, image_size, channels, (), 1.0)
+        return Pipeline(task, image_size, channels, (), _VIEW_MARGIN, views=augment)
     known = "classification" if task == "selfsupervised" else task
-    if callable(augment) and not isinstance(augment, nn.Module | str):
-        return Pipeline(task, image_size, channels, (), 1.5, views=augment if train else None)
-    if isinstance(augment, nn.Module):
-        return Pipeline(task, image_size, channels, (), 1.5, views=augment if train else None)
-    names: Sequence[Any] = (
-        {"default": DEFAULTS[known], "none": ()}.get(augment, (augment,)) if isinstance(augment, str) else augment
-    )
-    if not train or (image_size is None and augment == "default"):
-        names = [name for name in names if train and name not in CUTTING]
-    steps = [_step(known, name, image_size) for name in names]
-    cuts = any(
-        name in CUTTING or isinstance(name, v2.RandomCrop | v2.RandomResizedCrop)
-        for name in names
-        if isinstance(name, str | nn.Module)
-    )
-    return Pipeline(task, image_size, channels, tuple(steps), _MARGIN if cuts else 1.0)
+    named = {"default": DEFAULTS[known], "none": ()}
+    names = list(named.get(augment, (augment,)) if isinstance(augment, str) else augment)
+    if augment == "default" and image_size is None:
+        names = [name for name in names if name not in CUTTING]
+    steps = tuple(_step(known, name, image_size) for name in names)
+    if not train:
+        return Pipeline(task, image_size, channels, (), 1.0)
+    cuts = any(isinstance(step, v2.RandomCrop | v2.RandomResizedCrop) for step in steps)
+    return Pipeline(task, image_size, channels, steps, _MARGIN if cuts else 1.0)
 
 
 def _step(task: str, name: Any, size: int | None) -> nn.Module:

@@ -36,7 +36,7 @@ def read_folder(root: Path) -> Index:
         for stray in sorted(entry for entry in parent.iterdir() if entry.is_file() and is_image(entry)):
             index.fault(stray, None, "label", "the image lies in no class's folder", _id(stray, root))
         for folder in _folders(parent):
-            for file in sorted(entry for entry in folder.rglob("*") if entry.is_file() and _counts(entry, folder)):
+            for file in sorted(entry for entry in folder.rglob("*") if not entry.is_dir() and _counts(entry, folder)):
                 name = _id(file, root)
                 if folder.name not in number:
                     index.fault(file, None, "label", f"{folder.name} is not in {place}", name)

@@ -97,13 +97,13 @@ def read_index(source: Source, splits: tuple[str, ...]) -> Index:
     """The index of a source; where each split has its own paths, of all that exist together."""
     reader = _READERS[source.kind][1]
     if not source.by_split:
-        return reader(*(Path(path).expanduser() for path in source.paths))
+        return _read(reader, [Path(path).expanduser() for path in source.paths])
     whole: Index | None = None
     for split in splits:
         paths = [Path(path).expanduser() for path in source.of(split).paths]
         if not all(path.exists() for path in paths):
             continue
-        part = reader(*paths)
+        part = _read(reader, paths)
         if whole is None:
             whole = Index(part.task, part.classes, masks=part.masks)
         if part.classes and part.classes != whole.classes:
@@ -115,3 +115,10 @@ def read_index(source: Source, splits: tuple[str, ...]) -> Index:
     if whole is None:
         raise DataError(f"{source.paths[0]}: exists for none of {', '.join(splits)}")
     return whole
+
+
+def _read(reader: Callable[..., Index], paths: list[Path]) -> Index:
+    try:
+        return reader(*paths)
+    except OSError as error:
+        raise DataError(f"{error.filename or paths[0]}: cannot be read ({error.strerror})") from error

@@ -11,7 +11,7 @@ from defusedxml import ElementTree
 from defusedxml.common import DefusedXmlException
 
 from torchive.data.faults import DataError
-from torchive.data.images import SUFFIXES
+from torchive.data.images import SUFFIXES, is_image
 from torchive.data.readers.index import SPLIT_NAMES, Index, Objects, Record, class_list, read_text, sorted_names
 
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
@@ -40,7 +40,11 @@ def read_voc(root: Path) -> Index:
         index.add(
             Record(file.stem, _image(file, root_element, images), target, splits.get(file.stem), str(file), 1), seen
         )
-    for stem in sorted(set(splits) - {file.stem for file in files}):
+    annotated = {file.stem for file in files}
+    if not splits:
+        for picture in sorted(path for path in images.iterdir() if is_image(path) and path.stem not in annotated):
+            index.fault(picture, None, "missing", "no annotation for this image")
+    for stem in sorted(set(splits) - annotated):
         index.fault(folder / f"{stem}.xml", None, "missing", f"ImageSets names {stem}, which has no annotation", stem)
     return index
 
