@@ -111,7 +111,7 @@ def import_faults(path: Path, tree: ast.Module) -> list[str]:
             own = tuple(theirs[:2]) == tuple(mine[:2])
             if theirs and not own and theirs[0] not in allowed:
                 found.append(
-                    f"line {node.lineno}: {'/'.join(mine)} may not use {dotted}; allowed: {sorted(allowed) or 'nothing'}"
+                    f"line {node.lineno}: {'/'.join(mine)} may not use {dotted}; only {sorted(allowed) or 'nothing'}"
                 )
             elif theirs and not own and theirs[0] == mine[0]:
                 found.append(f"line {node.lineno}: {'/'.join(mine)} reaches sideways to {dotted}")

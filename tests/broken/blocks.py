@@ -221,6 +221,10 @@ class AcceptsTooSmall(SoundBlock):
     pass
 
 
+class IgnoresItsDivisor(SoundBlock):
+    pass
+
+
 class FailsAtOnePixel(SoundBlock):
     def body(self, x: Tensor) -> Tensor:
         return super().body(F.pad(x, (1, 1, 1, 1), mode="reflect"))[:, :, 1:-1, 1:-1]
@@ -336,6 +340,7 @@ BROKEN: tuple[Case, ...] = (
     case(AcceptsIntegers, "block", "bad_dtype", **BLOCK),
     case(AcceptsAnyRank, "block", "bad_rank", **BLOCK),
     case(AcceptsTooSmall, "block", "too_small", **BLOCK, too_small=[1, C, 2, 2]),
+    case(IgnoresItsDivisor, "block", "sizes", inputs=[(2, C, 8, 12)], divisor=4),
     case(FailsAtOnePixel, "block", "smallest", **BLOCK),
     case(FailsOnNoSamples, "block", "empty_batch", **BLOCK),
     case(SqueezesASingleSample, "block", "batch_of_one batch_independence smallest", **BLOCK),

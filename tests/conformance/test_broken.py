@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from broken import Case, blocks, others
+from broken import Case, blocks, detectors, others
 from torchive import testing
 
-SOUND = (*blocks.SOUND, *others.SOUND)
-BROKEN = (*blocks.BROKEN, *others.BROKEN)
+SOUND = (*blocks.SOUND, *detectors.SOUND, *others.SOUND)
+BROKEN = (*blocks.BROKEN, *detectors.BROKEN, *others.BROKEN)
 COSTLY = frozenset(c.name for c in testing.CHECKS if c.costly)
 
 
