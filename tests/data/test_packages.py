@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from torchive.data import DataError, archives, data_list_rows, fetch, packages
+from torchive.data import DataError, archives, data_list_rows, fetch, packages, render_data_list
 from torchive.data.packages import Package, obtain, wheel
 
 
@@ -152,6 +152,8 @@ def test_unknown_names_and_the_listing(own_cache: Path) -> None:
     assert rows["solar"]["commercial"] is False
     assert not any(row["cached"] for row in rows.values())
     assert all(row["origin"] and row["packages"] and row["task"] for row in rows.values())
+    text = render_data_list()
+    assert all(info["licence"] in text and info["origin"] in text for info in rows.values())
 
 
 def test_one_pinned_build_is_asked_for_on_every_machine() -> None:

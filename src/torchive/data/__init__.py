@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torchive.data.faults import CheckReport, DataError, Fault
     from torchive.data.fetching import fetch
     from torchive.data.images import read_image
-    from torchive.data.listing import data_list_rows
+    from torchive.data.listing import data_list_rows, render_data_list
     from torchive.data.loader import Loader, collate
     from torchive.data.opening import open_data
     from torchive.data.samples import SampleSet, SampleSetInfo
@@ -33,6 +33,7 @@ _HOMES = {
     "fetch": "fetching",
     "open_data": "opening",
     "read_image": "images",
+    "render_data_list": "listing",
 }
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "fetch",
     "open_data",
     "read_image",
+    "render_data_list",
 ]
 
 

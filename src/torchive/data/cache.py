@@ -62,6 +62,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield scratch
+        scratch.chmod(0o755)  # a temporary folder is its owner's alone; a cache may be shared
         scratch.rename(target)
     except OSError as error:
         raise DataError(f"{target}: cannot write the cache ({error.strerror or error})") from error

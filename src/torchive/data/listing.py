@@ -22,3 +22,15 @@ def data_list_rows() -> list[dict[str, str | bool]]:
         }
         for info in SAMPLE_SETS.values()
     ]
+
+
+def render_data_list() -> str:
+    """The rows as text: three lines for each sample set."""
+    lines = []
+    for row in data_list_rows():
+        state = "in the cache" if row["cached"] else f"fetched by `torchive data get {row['name']}`"
+        use = "commercial use allowed" if row["commercial"] else "NOT for commercial use"
+        lines.append(f"{row['name']:<17} {row['task']:<15} {row['size']}; {state}")
+        lines.append(f"{'':<17} {row['description']}")
+        lines.append(f"{'':<17} {row['licence']} ({use}); {row['origin']}")
+    return "\n".join(lines)
