@@ -1,0 +1,144 @@
+"""The metrics of each task, computed from one small record per sample, so that shards add up without duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchive.structures import Detections
+
+IGNORED = 255
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure: its name, whether more is better, the task, and its unit ("share" lies in 0 to 1)."""
+
+    name: str
+    higher_is_better: bool
+    task: str
+    unit: str = "share"
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", True, "classification"),
+        Metric("balanced_accuracy", True, "classification"),
+        Metric("log_loss", False, "classification", "nats"),
+        Metric("mean_iou", True, "segmentation"),
+        Metric("dice", True, "segmentation"),
+        Metric("pixel_accuracy", True, "segmentation"),
+        Metric("map", True, "detection"),
+        Metric("map_50", True, "detection"),
+        Metric("map_75", True, "detection"),
+        Metric("mar_100", True, "detection"),
+        Metric("mask_map", True, "detection"),
+        Metric("knn_accuracy", True, "selfsupervised"),
+        Metric("linear_accuracy", True, "selfsupervised"),
+    )
+}
+
+#: The metric that decides where a recipe names none.
+DECIDES = {
+    "classification": "accuracy",
+    "segmentation": "mean_iou",
+    "detection": "map",
+    "selfsupervised": "knn_accuracy",
+}
+
+
+def record_of(task: str, prediction: Any, target: Any, classes: int) -> Any:
+    """What the metrics of a task need of one sample."""
+    if task == "classification":
+        return prediction.scores.float().cpu(), int(target)
+    if task == "segmentation":
+        return confusion(prediction.labels.cpu(), target.cpu(), classes)
+    return _boxes(prediction), {key: value.cpu() for key, value in target.items()}
+
+
+def metrics_of(task: str, records: Sequence[Any], classes: Sequence[str]) -> dict[str, float]:
+    """All metrics of a task over the records of its samples."""
+    table = {"classification": _classification, "segmentation": _segmentation, "detection": _detection}
+    return table[task](records, classes)
+
+
+def confusion(labels: Tensor, target: Tensor, classes: int) -> Tensor:
+    """Counts (K, K) of pixels, target by prediction; pixels of 255 are left out."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    return multiclass_confusion_matrix(labels, target, classes, ignore_index=IGNORED, validate_args=False)
+
+
+def _classification(records: Sequence[tuple[Tensor, int]], classes: Sequence[str]) -> dict[str, float]:
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_recall
+
+    scores, target = torch.stack([s for s, _ in records]), torch.tensor([t for _, t in records])
+    count = scores.shape[1]
+    recall = multiclass_recall(scores, target, count, average="none")
+    present = target.bincount(minlength=count) > 0
+    chosen = scores.gather(1, target[:, None]).clamp_min(1e-12)
+    result = {
+        "accuracy": float(multiclass_accuracy(scores, target, count, average="micro")),
+        "balanced_accuracy": float(recall[present].mean()),
+        "log_loss": float(-chosen.log().mean()),
+    }
+    return result | {f"recall/{classes[i]}": float(recall[i]) for i in range(min(count, len(classes))) if present[i]}
+
+
+def _segmentation(records: Sequence[Tensor], classes: Sequence[str]) -> dict[str, float]:
+    counts = torch.stack(list(records)).sum(0)  # integers, so the order of the samples does not matter
+    hit = counts.diagonal().double()
+    either = counts.sum(0).double() + counts.sum(1).double()
+    present = either > 0
+    iou, dice = hit / (either - hit).clamp_min(1), 2 * hit / either.clamp_min(1)
+    result = {
+        "mean_iou": float(iou[present].mean()),
+        "dice": float(dice[present].mean()),
+        "pixel_accuracy": float(hit.sum() / counts.sum().clamp_min(1)),
+    }
+    return result | {f"iou/{name}": float(iou[i]) for i, name in enumerate(classes) if present[i]}
+
+
+def _boxes(found: Detections) -> dict[str, Tensor]:
+    values = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
+    if found.masks is not None:
+        values["masks"] = found.masks.bool()
+    return {key: value.detach().cpu() for key, value in values.items()}
+
+
+def _detection(
+    records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], classes: Sequence[str]
+) -> dict[str, float]:
+    result = {}
+    for kind, prefix in (("bbox", ""), ("segm", "mask_")):
+        if kind == "segm" and not all("masks" in found and "masks" in target for found, target in records):
+            continue
+        values = _coco(records, kind)
+        result |= {f"{prefix}{name}": float(values[name]) for name in ("map", "map_50", "map_75", "mar_100")}
+        each = zip(values["classes"].reshape(-1).tolist(), values["map_per_class"].reshape(-1).tolist(), strict=True)
+        if prefix == "" and len(classes) > 1:
+            result |= {f"map/{classes[label - 1]}": value for label, value in each if 1 <= label <= len(classes)}
+    return result
+
+
+def _coco(records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], kind: str) -> dict[str, Tensor]:
+    from torchmetrics.detection import MeanAveragePrecision
+
+    metric = MeanAveragePrecision(
+        iou_type=kind, class_metrics=True, backend="faster_coco_eval", sync_on_compute=False, dist_sync_on_step=False
+    )
+    metric.warn_on_many_detections = False
+    metric.update([_for_coco(found, kind) for found, _ in records], [_for_coco(target, kind) for _, target in records])
+    return {key: value.clamp_min(0) if key != "classes" else value for key, value in metric.compute().items()}
+
+
+def _for_coco(values: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    kept = {k: v for k, v in values.items() if k in ("boxes", "scores", "labels", "iscrowd", "area")}
+    if kind == "segm":
+        kept["masks"] = values["masks"].bool()
+    return kept

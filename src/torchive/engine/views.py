@@ -1,0 +1,89 @@
+"""Sample sets seen as another task, or in part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchive.data.samples import SampleSet, unit
+from torchive.engine.recipe import RecipeError
+from torchive.structures import Sample
+
+
+class Subset:
+    """Some samples of a set, by index, in the order given."""
+
+    def __init__(self, samples: SampleSet, indices: Sequence[int]) -> None:
+        self.samples, self.indices = samples, list(indices)
+        self.name, self.task, self.classes = samples.name, samples.task, samples.classes
+        self.channels, self.licence, self.origin = samples.channels, samples.licence, samples.origin
+        self.left_out = samples.left_out
+        self.ids: Sequence[str] = tuple(samples.ids[i] for i in self.indices)
+
+    @classmethod
+    def by_fraction(cls, samples: SampleSet, fraction: float) -> SampleSet:
+        """The share of a set whose ids come first by their hash: a smaller share is a part of a larger one."""
+        if fraction >= 1:
+            return samples
+        order = sorted(range(len(samples)), key=lambda i: unit(samples.ids[i], seed=1))
+        return cls(samples, sorted(order[: max(round(fraction * len(samples)), 1)]))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[self.indices[index]]
+
+
+class MasksAsClasses:
+    """A set with a mask for each object, seen as segmentation: class 0 is the background."""
+
+    task = "segmentation"
+
+    def __init__(self, samples: SampleSet) -> None:
+        self.samples, self.name, self.ids = samples, samples.name, samples.ids
+        self.classes = ("background", *samples.classes)
+        self.channels, self.licence, self.origin = samples.channels, samples.licence, samples.origin
+        self.left_out = samples.left_out
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.samples[index]
+        if "masks" not in sample.target:
+            raise RecipeError(
+                f"{self.name}: {sample.id}: segmentation needs a mask for each object, and there are only boxes"
+            )
+        return Sample(sample.image, class_map(sample.target, sample.image.shape[-2:]), sample.id)
+
+
+def class_map(target: dict[str, Tensor], size: Sequence[int]) -> Tensor:
+    """Masks (L, H, W) with labels (L,) from 1 as one map (H, W) of classes; the later object lies on top."""
+    masks, labels = target["masks"].bool(), target["labels"]
+    if not len(masks):
+        return torch.zeros(*size, dtype=torch.int64)
+    ranks = torch.arange(1, len(masks) + 1, device=masks.device)[:, None, None]
+    top = (masks * ranks).amax(0)  # (H, W), 0 where there is no object
+    return torch.cat([labels.new_zeros(1), labels])[top]
+
+
+def as_task(samples: SampleSet, task: str) -> SampleSet:
+    """The samples in the form of a task.
+
+    Raises:
+        RecipeError: they are of a task that cannot serve this one.
+    """
+    if samples.task == task or task == "selfsupervised":
+        return samples
+    if (samples.task, task) == ("detection", "segmentation"):
+        return MasksAsClasses(samples)
+    raise RecipeError(f"{samples.name} is a set for {samples.task}; the recipe's task is {task}")
+
+
+def labels_of(samples: SampleSet) -> list[Any]:
+    """The class of each sample of a classification set."""
+    return [samples[i].target for i in range(len(samples))]
