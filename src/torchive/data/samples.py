@@ -57,24 +57,30 @@ class SampleSet(Protocol):
 
 @dataclass(frozen=True)
 class SampleSetInfo:
-    """One sample set as ``torchive data list`` shows it."""
+    """One sample set as ``torchive data list`` shows it. ``commercial`` is None where the package does not settle it."""
 
     name: str
     task: str
     classes: tuple[str, ...]
     size: str
     licence: str
-    commercial: bool
+    commercial: bool | None
     origin: str
     description: str
     packages: tuple[Package, ...]
     module: str
 
     @property
+    def use(self) -> str:
+        """Whether the data may be used commercially, in words."""
+        if self.commercial is None:
+            return "commercial use: see the terms of the origin"
+        return "commercial use allowed" if self.commercial else "NOT for commercial use"
+
+    @property
     def notice(self) -> str:
         """Licence and origin in one line, shown whenever the set is fetched."""
-        use = "commercial use allowed" if self.commercial else "NOT for commercial use"
-        return f"{self.name}: {self.licence} ({use}); origin: {self.origin}"
+        return f"{self.name}: {self.licence} ({self.use}); origin: {self.origin}"
 
 
 def unit(identity: str, seed: int = 0) -> float:
