@@ -57,7 +57,7 @@ class SampleSet(Protocol):
 
 @dataclass(frozen=True)
 class SampleSetInfo:
-    """One sample set as ``torchive data list`` shows it. ``commercial`` is None where the package does not settle it."""
+    """One sample set as ``torchive data list`` shows it. ``commercial`` is None where it is not settled."""
 
     name: str
     task: str
