@@ -13,7 +13,9 @@ from torchive.methods.blocks.gcnet import query_dependence as query_dependence
 from torchive.methods.blocks.mabn import CenConv2d as CenConv2d
 from torchive.methods.blocks.mabn import MABN2d as MABN2d
 from torchive.methods.blocks.mabn import fold_into_conv as fold_into_conv
+from torchive.methods.detection.faster_rcnn import FasterRCNN as FasterRCNN
 from torchive.methods.detection.ssd import SSD as SSD
+from torchive.methods.losses.circle_loss import CircleLoss as CircleLoss
 from torchive.methods.segmentation.attention_unet import AttentionGate as AttentionGate
 from torchive.methods.segmentation.attention_unet import AttentionUNet as AttentionUNet
 

@@ -73,7 +73,7 @@ class PKSampler(Sampler[list[int]]):
                     if not left[k]:
                         order = torch.randperm(len(self.members[k]), generator=draw)
                         left[k] = self.members[k][order].tolist()
-                        left[k].sort(key=lambda index: index in taken)  # noqa: B023 - called at once
+                        left[k].sort(key=lambda index: index in taken)
                     taken.append(left[k].pop(0))
                 batch += taken
             if place >= start_batch:
