@@ -77,6 +77,11 @@ GLOSSARY: dict[str, str] = {
     "iou_threshold": "overlap from which a box counts as matched",
     "default_box_set": "whose scales and centres the default boxes have",
     "classification": "loss of the classes: softmax or sigmoids",
+    # explanations
+    "counterfactual": "whether to explain what speaks against the score",
+    "reshape": "function from a layer's output to maps (N, K, h, w)",
+    "prefix": "tokens in front that are no positions",
+    "grid": "rows and columns of the tokens' positions",
     "lite": "whether convolutions are separable",
     "scale": "factor by which an image is made smaller",
     "crop": "side of the crop that a second stage sees, in pixels",

@@ -11,7 +11,7 @@ from torch import nn
 from torchive.testing.checks.calling import require_tensor_inputs
 from torchive.testing.report import NotApplicableError
 from torchive.testing.subject import Subject, seeded
-from torchive.testing.tree import close, finite, leaves, map_tree, tensors
+from torchive.testing.tree import clone, close, finite, leaves, map_tree, tensors
 
 
 def _rows(subject: Subject, module: Any, inputs: tuple[Any, ...]) -> list[Any]:
@@ -60,13 +60,12 @@ def row_order(subject: Subject) -> None:
 
 def nan_stays(subject: Subject) -> None:
     """In evaluation a row of NaN leaves the other rows finite and as they were."""
-    require_tensor_inputs(subject)
     module, inputs = subject.evaluated(perturbed=True), _same_size(subject)
     clean = _rows(subject, module, inputs)
-    spoiled = tuple(x.clone() if x.is_floating_point() else x for x in inputs)
+    spoiled = clone(inputs)
     for x in spoiled:
-        if x.is_floating_point():
-            x[0] = float("nan")
+        if not isinstance(x, torch.Tensor) or x.is_floating_point():
+            x[0][...] = float("nan")
     rows = _rows(subject, module, spoiled)
     fault = finite(rows[1:]) or close(rows[1:], clean[1:])
     assert not fault, f"a row of NaN reached another row: {fault}"
@@ -153,9 +152,9 @@ def _refuses(subject: Subject, module: nn.Module, shape: tuple[int, ...], patter
 
 def bad_rank(subject: Subject) -> None:
     """A tensor of one axis is refused by an error that says a number."""
-    require_tensor_inputs(subject)
     module, inputs = subject.evaluated(), subject.inputs()
-    _rejects(subject, module, (inputs[0].flatten(), *inputs[1:]), r"\d", "an input of one axis")
+    flat = [image.flatten() for image in inputs[0]] if subject.is_detection else inputs[0].flatten()
+    _rejects(subject, module, (flat, *inputs[1:]), r"\d", "an input of one axis")
 
 
 def bad_channels(subject: Subject) -> None:

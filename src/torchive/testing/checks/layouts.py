@@ -8,7 +8,7 @@ from torch import Tensor
 from torchive.testing.checks.calling import require_tensor_inputs
 from torchive.testing.report import NotApplicableError
 from torchive.testing.subject import Subject, seeded, total
-from torchive.testing.tree import cast, close, finite, leaves
+from torchive.testing.tree import cast, close, finite, leaves, map_tree
 
 
 def bfloat16(subject: Subject) -> None:
@@ -74,10 +74,9 @@ def channels_last(subject: Subject) -> None:
 
 def non_contiguous(subject: Subject) -> None:
     """A strided view gives the values of its contiguous copy."""
-    require_tensor_inputs(subject)
     module, inputs = subject.evaluated(perturbed=True), subject.inputs()
     with torch.no_grad():
-        fault = close(subject.forward(module, tuple(map(_strided, inputs))), subject.forward(module, inputs))
+        fault = close(subject.forward(module, map_tree(_strided, inputs)), subject.forward(module, inputs))
     assert not fault, f"a strided view gives other values: {fault}"
 
 
