@@ -130,7 +130,7 @@ def _report(a: argparse.Namespace) -> int:
 def _data_list(a: argparse.Namespace) -> int:
     from torchive.data import data_list_rows, render_data_list
 
-    return _emit(a, data_list_rows(), render_data_list)
+    return _emit(a, data_list_rows(), lambda _: render_data_list())
 
 
 def _data_get(a: argparse.Namespace) -> int:
@@ -142,14 +142,11 @@ def _data_get(a: argparse.Namespace) -> int:
 
 
 def _data_check(a: argparse.Namespace) -> int:
-    from torchive.data import check_data, render_check
+    from torchive.data import check_data
 
     report = check_data(a.source)
-    if a.json:
-        print(json.dumps(report.as_dict(), indent=1))
-    else:
-        print(render_check(report))
-    return 2 if report.faults else 0
+    print(json.dumps(report.to_json(), indent=1) if a.json else report.render())
+    return 0 if report.ok else 2
 
 
 def _parser() -> argparse.ArgumentParser:
