@@ -49,6 +49,7 @@ def default_boxes(
     """
     parts = []
     for k, ((height, width), shape) in enumerate(zip(grids, shapes, strict=True)):
+        shape = shape.to(torch.promote_types(shape.dtype, torch.float32))
         dy, dx = (1 / height, 1 / width) if steps is None else (steps[k], steps[k])
         y = (torch.arange(height, device=shape.device, dtype=shape.dtype) + 0.5) * dy
         x = (torch.arange(width, device=shape.device, dtype=shape.dtype) + 0.5) * dx
@@ -60,8 +61,8 @@ def default_boxes(
 
 def cell_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
     """Anchors (B, 4) around the origin, each size for each ratio height / width, corners rounded to whole pixels."""
-    scale = torch.tensor(sizes, dtype=torch.float32, device="cpu")
-    root = torch.tensor(ratios, dtype=torch.float32, device="cpu").sqrt()
+    scale = torch.tensor(sizes, dtype=torch.float32)
+    root = torch.tensor(ratios, dtype=torch.float32).sqrt()
     width, height = ((1 / root)[:, None] * scale).flatten(), (root[:, None] * scale).flatten()
     return (torch.stack([-width, -height, width, height], 1) / 2).round()
 
@@ -69,6 +70,7 @@ def cell_anchors(sizes: Sequence[float], ratios: Sequence[float]) -> Tensor:
 def grid_anchors(grid: Sequence[int], stride: int, cell: Tensor) -> Tensor:
     """Anchors (H * W * B, 4) in pixels: ``cell`` (B, 4) moved to each multiple of ``stride``."""
     height, width = grid
+    cell = cell.to(torch.promote_types(cell.dtype, torch.float32))  # half precision does not hold pixel numbers
     y = torch.arange(height, device=cell.device, dtype=cell.dtype) * stride
     x = torch.arange(width, device=cell.device, dtype=cell.dtype) * stride
     place = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1)  # (H, W, 2)

@@ -32,7 +32,7 @@ def decode_boxes(
     *,
     log_clamp: float = LOG_CLAMP,
 ) -> Tensor:
-    """Boxes (..., 4) from their codes, the inverse of ``encode_boxes``; log ratios above ``log_clamp`` are cut to it."""
+    """Boxes (..., 4) of codes, the inverse of ``encode_boxes``; log ratios above ``log_clamp`` are cut to it."""
     deltas = deltas / deltas.new_tensor(weights)
     anchor_size = anchors[..., 2:] - anchors[..., :2]
     centre = deltas[..., :2] * anchor_size + (anchors[..., :2] + anchor_size / 2)
@@ -53,7 +53,7 @@ def keep_after_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: flo
     by an offset; otherwise torchvision chooses the way.
     """
     if torch.compiler.is_compiling():
-        offset = groups.to(boxes.dtype) * (boxes.detach().amax() + 1)
+        offset = groups.to(boxes.dtype) * (boxes.detach().max() + 1)
         kept = torch.ops.torchvision.nms(boxes + offset[:, None], scores, threshold)
     else:
         kept = torchvision.ops.batched_nms(boxes, scores, groups, threshold)

@@ -24,6 +24,8 @@ def check_images(images: Tensor | Sequence[Tensor], channels: int) -> None:
         return
     if not isinstance(images, list | tuple):
         raise TypeError(f"expected a tensor or a list of tensors, got {type(images).__name__}")
+    if not images:
+        raise ValueError("expected at least one image, got an empty list")
     for image in images:
         if not isinstance(image, Tensor) or not image.is_floating_point():
             raise TypeError(f"expected floating-point images, got {getattr(image, 'dtype', type(image).__name__)}")
@@ -42,8 +44,6 @@ def stack_resized(images: Tensor | Sequence[Tensor], size: tuple[int, int]) -> T
     """Images of any sizes to (N, C, *size), bilinear; nothing is copied where a batch has that size already."""
     if isinstance(images, Tensor):
         return images if tuple(images.shape[-2:]) == size else _resize(images, size)
-    if not images:
-        raise ValueError("expected at least one image, got an empty list")
     return torch.stack([i if tuple(i.shape[-2:]) == size else _resize(i[None], size)[0] for i in images])
 
 
@@ -53,8 +53,6 @@ def pad_batch(images: Tensor | Sequence[Tensor], divisor: int) -> Tensor:
         height, width = images.shape[-2:]
         right, below = -width % divisor, -height % divisor
         return F.pad(images, (0, right, 0, below)) if right or below else images
-    if not images:
-        raise ValueError("expected at least one image, got an empty list")
     height = max(-(-i.shape[-2] // divisor) * divisor for i in images)
     width = max(-(-i.shape[-1] // divisor) * divisor for i in images)
     batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)

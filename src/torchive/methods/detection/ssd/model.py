@@ -105,8 +105,7 @@ class SSD(nn.Module):
         )
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
-        """``logits`` (N, A, K + 1), or (N, A, K) with sigmoids, ``deltas`` (N, A, 4), ``anchors`` (A, 4) in fractions of the
-        image."""
+        """``logits`` (N, A, K + 1) or (N, A, K), ``deltas`` (N, A, 4), ``anchors`` (A, 4) in fractions of the image."""
         check_images(inputs, self.in_channels)
         x = inputs if isinstance(inputs, Tensor) else self._resize(inputs)
         if min(x.shape[2:]) < self.backbone.smallest:
