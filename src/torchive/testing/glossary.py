@@ -78,12 +78,14 @@ GLOSSARY: dict[str, str] = {
     "rois_per_image": "proposals of an image that train the second stage",
     "stages": "how many times boxes are refined",
     "condition_channels": "width of a vector that modulates a layer; 0 for none",
-    # explanation
-    "counterfactual": "whether the map shows what speaks against the target",
-    "reshape": "function that turns tokens into a map",
+    # explanations
+    "counterfactual": "whether to explain what speaks against the score",
+    "reshape": "function from a layer's output to maps (N, K, h, w)",
+    "prefix": "tokens in front that are no positions",
+    "grid": "rows and columns of the tokens' positions",
     # losses and training
-    "weighted": "whether each pair has its own pace",
     "gamma": "scale of logits or of a focus, the paper's letter",
+    "weighted": "whether each pair has a pace of its own",
     "margin": "distance that a pair must keep, the paper's m; of a crop: its border",
     "alpha": "weight of the second term of a loss",
     "smooth": "what is added to numerator and denominator of an overlap",
@@ -94,11 +96,6 @@ GLOSSARY: dict[str, str] = {
     "iou_threshold": "overlap from which a box counts as matched",
     "default_box_set": "whose scales and centres the default boxes have",
     "classification": "loss of the classes: softmax or sigmoids",
-    # explanations
-    "counterfactual": "whether to explain what speaks against the score",
-    "reshape": "function from a layer's output to maps (N, K, h, w)",
-    "prefix": "tokens in front that are no positions",
-    "grid": "rows and columns of the tokens' positions",
     "lite": "whether convolutions are separable",
     "scale": "factor by which an image is made smaller",
     "crop": "side of the crop that a second stage sees, in pixels",
