@@ -87,6 +87,7 @@ def _stride_ends(network: nn.Module) -> list[tuple[str, Level]]:
     """Name and shape of the last top-level stage at each stride, found by one pass over a 64-pixel image."""
     seen: dict[int, tuple[str, Level]] = {}
     size = 64
+    channels = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), 3)
     features = getattr(network, "features", None)
     container = features if isinstance(features, nn.Sequential) else network
     prefix = "features." if container is not network else ""
@@ -103,7 +104,7 @@ def _stride_ends(network: nn.Module) -> list[tuple[str, Level]]:
     training = network.training
     try:
         with torch.no_grad():
-            network.eval()(torch.zeros(1, 3, size, size))
+            network.eval()(torch.zeros(1, channels, size, size))
     finally:
         network.train(training)
         for hook in hooks:

@@ -157,6 +157,23 @@ def test_default_boxes_and_sources_of_the_paper() -> None:
         net(torch.zeros(1, 3, 200, 200))
 
 
+def test_ssd512_has_the_paper_s_maps() -> None:
+    net = SSD(num_classes=20, image_size=512).eval()
+    with torch.no_grad():
+        maps = net.backbone(torch.randn(1, 3, 512, 512))
+    assert [m.shape[2] for m in maps] == [64, 32, 16, 8, 4, 2, 1]
+    counts = [len(getattr(net, f"shapes{k}")) for k in range(7)]
+    assert sum(m.shape[2] * m.shape[3] * b for m, b in zip(maps, counts, strict=True)) == 24564
+
+
+@pytest.mark.parametrize("backbone", ["timm/resnet18", "torchvision/resnet18"])
+def test_other_channels_and_sizes(backbone: str) -> None:
+    net = SSD(num_classes=1, backbone=backbone, image_size=100, in_channels=1).eval()
+    raw = net([torch.randn(1, 80, 90)])
+    cells = [13, 7, 4, 2, 1]
+    assert len(raw["anchors"]) == sum(c * c * len(getattr(net, f"shapes{k}")) for k, c in enumerate(cells))
+
+
 def test_single_source_keeps_the_shapes_of_all() -> None:
     with torch.device("meta"):
         net = SSD(num_classes=20, sources=(1,))
@@ -274,8 +291,8 @@ def average_precision(found, targets, label: int) -> tuple[float, float]:
 def test_softmax_against_sigmoids(scenes, capsys) -> None:
     """Mean AP and mis-ranking on synthetic shapes: softmax, K sigmoids, no mining, one source."""
     draw = torch.Generator().manual_seed(0)
-    images, targets = scenes(192, 96, draw, classes=3)
-    unseen, truth = scenes(96, 96, draw, classes=3)
+    images, targets = scenes(192, 64, draw, classes=3)
+    unseen, truth = scenes(96, 64, draw, classes=3)
     arms = {
         "softmax": {},
         "sigmoid": {"classification": "sigmoid"},
@@ -287,11 +304,11 @@ def test_softmax_against_sigmoids(scenes, capsys) -> None:
         rows = []
         for seed in range(2):
             torch.manual_seed(seed)
-            net = SSD(num_classes=3, backbone="timm/resnet18", image_size=96, **options)
+            net = SSD(num_classes=3, backbone="timm/resnet18", image_size=64, **options)
             optimiser = torch.optim.AdamW(net.parameters(), lr=5e-4)
             order = torch.Generator().manual_seed(seed)
             for _ in range(300):
-                pick = torch.randint(0, len(images), (16,), generator=order).tolist()
+                pick = torch.randint(0, len(images), (8,), generator=order).tolist()
                 optimiser.zero_grad()
                 sum(net.losses(torch.stack([images[i] for i in pick]), [targets[i] for i in pick]).values()).backward()
                 optimiser.step()

@@ -30,6 +30,12 @@ class VGGSources(SSDFeatureExtractorVGG):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
         super().__init__(layers, highres=image_size >= 512)
+        if (
+            image_size >= 512
+        ):  # Differs from torchvision, whose last maps have 6, 4 and 1 cells: the paper's have 4, 2 and 1
+            for block in self.extra[3:5]:
+                block[2].stride, block[2].padding = (2, 2), (1, 1)
+            self.extra[5][2].padding = (1, 1)
         self.smallest = 512 if image_size >= 512 else 300
         self.channels = (512, 1024, 512, 256, 256, 256, 256)[: 1 + len(self.extra)]
 
