@@ -200,6 +200,15 @@ def test_errors_name_what_is_there_and_leave_the_network_alone() -> None:
     assert [type(m) for m in model.modules()] == before
 
 
+def test_only_convolutions_that_feed_a_norm_are_centred() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    report = convert(model, "mabn")
+    assert [change.name for change in report.changes] == ["0", "1"]
+    assert report.left_alone == [("3", "feeds no BatchNorm2d")]
+    with pytest.raises(ConversionError, match="feeds no BatchNorm2d"):
+        convert(timm.create_model("convnext_atto"), "mabn")
+
+
 def test_dtype_device_and_mode_follow_the_place() -> None:
     model = timm.create_model("resnet10t").double().eval()
     convert(model, "dynamic_relu")

@@ -46,10 +46,11 @@ class Call:
 
 @dataclass
 class Trace:
-    """Inputs and outputs of every module by ``id``, and functions called in a module's own forward."""
+    """Inputs and outputs of every module by ``id``, who reads its output, and functions that forwards call."""
 
     calls: dict[int, list[Call]] = field(default_factory=lambda: defaultdict(list))
     outputs: dict[int, list[Call]] = field(default_factory=lambda: defaultdict(list))
+    readers: dict[int, list[nn.Module]] = field(default_factory=lambda: defaultdict(list))
     called: dict[str, list[tuple[str, Call]]] = field(default_factory=lambda: defaultdict(list))
 
     def functions(self, names: tuple[str, ...]) -> dict[str, list[Call]]:
@@ -72,6 +73,9 @@ class _Recorder(TorchFunctionMode):
         self.stack: list[tuple[str, nn.Module]] = []
         self.last: tuple[int, int] | None = None  # channel axis and channels of the last layer that tells them
         self.dotted = {id(m): n for n, m in model.named_modules()}
+        self.made: dict[
+            int, tuple[Tensor, nn.Module]
+        ] = {}  # by the output's id; the tensor is kept, so the id stays its own
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -96,10 +100,14 @@ class _Recorder(TorchFunctionMode):
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self.trace.calls[id(module)].append(self.call(args[0]) if args else Call((), 1, 0))
+        if args and id(args[0]) in self.made:
+            self.trace.readers[id(self.made[id(args[0])][1])].append(module)
         self.stack.append((self.dotted[id(module)], module))
 
     def leave(self, module: nn.Module, _args: Any, output: Any) -> None:
         self.stack.pop()
+        if isinstance(output, Tensor) and not any(True for _ in module.children()):
+            self.made[id(output)] = (output, module)
         if isinstance(output, Tensor) and output.ndim >= 3:
             if isinstance(module, _FIRST):
                 self.last = (1, output.shape[1])

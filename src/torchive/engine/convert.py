@@ -24,11 +24,15 @@ from torchive.engine.conversion import Change, ConversionError, ConversionReport
 
 @dataclass(frozen=True)
 class Rule:
-    """Layers of type ``old``, or calls of the functions in ``functions``, become ``new``."""
+    """Layers of type ``old``, or calls of the functions in ``functions``, become ``new``.
+
+    With ``feeds``, only layers whose output goes straight into a layer of that type.
+    """
 
     old: type[nn.Module]
     new: type[nn.Module]
     functions: tuple[str, ...] = ()
+    feeds: type[nn.Module] | None = None
 
 
 def convert(
@@ -96,7 +100,8 @@ def _plan(
     for entry in host["replace"]:
         old = _load(_colon(entry["old"]))
         new = _load(entry["new"]) if "new" in entry else cls
-        rules.append(Rule(old, new, _FUNCTIONS.get(old, ())))
+        feeds = _load(_colon(entry["feeds"])) if "feeds" in entry else None
+        rules.append(Rule(old, new, _FUNCTIONS.get(old, ()), feeds))
     return method, rules, None, []
 
 
@@ -202,6 +207,8 @@ def _refusal(model: nn.Module, name: str, module: nn.Module, rule: Rule, trace: 
         return "not called by the example"
     if calls[0].channels < 1:
         return f"its input has shape {calls[0].shape}"
+    if rule.feeds is not None and not any(isinstance(m, rule.feeds) for m in trace.readers[id(module)]):
+        return f"feeds no {rule.feeds.__name__}"
     if type(module).forward is not rule.old.forward:
         accepts = getattr(rule.new, "accepts", None)
         if accepts is None or not accepts(module):
