@@ -5,9 +5,11 @@ Formula  y_c = max_k ( a_k_c(x) x_c + b_k_c(x) ),  k = 1..K                     
          a_k = alpha_k + lambda_a Da_k(x),  b_k = beta_k + lambda_b Db_k(x)                          (eq. 5)
          [Da, Db] = 2 sigmoid(W2 relu(W1 mean_hw(x))) - 1, each in (-1, 1)
          C only: pi_hw = min( gamma softmax_hw(z / tau), 1 ), gamma = H W / 3                        (eq. 7)
-Symbols  N batch, C channels, K pieces, L positions; alpha = (1, 0, ..), beta = 0, lambda_a = 1, lambda_b = 0.5, tau = 10.
-Differs  pi multiplies the residuals, not the whole coefficients, so that closed attention leaves plain ReLU; the paper's text
-         allows either reading. The last linear layer starts at zero bias and small weights, so a new layer is near ReLU.
+Symbols  N batch, C channels, K pieces, L positions; alpha = (1, 0, ..), beta = 0, lambda_a = 1, lambda_b = 0.5,
+         tau = 10.
+Differs  pi multiplies the residuals, not the whole coefficients, so that closed attention leaves plain ReLU; the
+         paper's text allows either reading. The last linear layer starts at zero bias and small weights, so a new
+         layer is near ReLU.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def spatial_attention(logits: Tensor, temperature: float = 10.0) -> Tensor:
@@ -25,8 +28,32 @@ def spatial_attention(logits: Tensor, temperature: float = 10.0) -> Tensor:
     return pi.clamp(max=1.0).view_as(logits)
 
 
+class _TwoPieces(torch.autograd.Function):
+    """max of two lines; keeps the input and one bit for each number, where autograd alone keeps both lines."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slopes: Tensor, offsets: Tensor) -> Tensor:
+        """(N, C, *S), (2, N, C or 1, 1..) and the same to (N, C, *S)."""
+        first = torch.addcmul(offsets[0], slopes[0], x)
+        second = torch.addcmul(offsets[1], slopes[1], x)
+        ctx.save_for_backward(x, slopes, first > second)  # at a tie the second counts, as zero does in ReLU
+        return torch.maximum(first, second, out=first)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, slopes, wins = ctx.saved_tensors
+        own = grad * wins
+        other = grad - own
+        dx = (own * slopes[0]).addcmul_(other, slopes[1])
+        shape = slopes.shape[1:]
+        doffsets = torch.stack([own.sum_to_size(shape), other.sum_to_size(shape)])
+        dslopes = torch.stack([own.mul_(x).sum_to_size(shape), other.mul_(x).sum_to_size(shape)])
+        return dx, dslopes, doffsets
+
+
 class DynamicReLU(nn.Module):
-    """Map (N, C, *S) to the same shape, S any number of positions axes; with a zeroed hyper function it is exactly ReLU.
+    """Map (N, C, *S) to the same shape, S any number of position axes; with a zeroed hyper function it is ReLU.
 
     Args:
         channels: C.
@@ -38,8 +65,8 @@ class DynamicReLU(nn.Module):
         channel_dim: 1, or -1 for tokens (N, L, C).
 
     Raises:
-        ValueError: ``channels``, ``pieces`` or ``reduction`` below one, or an unknown ``variant`` or ``channel_dim``; in
-            ``forward``, an input whose channel axis is not C.
+        ValueError: ``channels``, ``pieces`` or ``reduction`` below one, or an unknown ``variant`` or ``channel_dim``;
+            in ``forward``, an input whose channel axis is not C.
     """
 
     def __init__(
@@ -79,7 +106,8 @@ class DynamicReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim < 3 or x.shape[self.channel_dim] != self.channels:
-            raise ValueError(f"expected {self.channels} channels on axis {self.channel_dim}, got shape {tuple(x.shape)}")
+            where = f"on axis {self.channel_dim}"
+            raise ValueError(f"expected {self.channels} channels {where}, got shape {tuple(x.shape)}")
         if self.channel_dim == -1:
             return self._pieces(x.movedim(-1, 1)).movedim(1, -1)
         return self._pieces(x)
@@ -90,6 +118,9 @@ class DynamicReLU(nn.Module):
         residual = residual.unflatten(1, (-1, 2 * self.pieces)) * self.scale.to(x.dtype)  # (N, C or 1, 2K)
         parts = residual.permute(2, 0, 1).contiguous()[(..., *[None] * (x.ndim - 2))]  # (2K, N, C or 1, 1..)
         pi = self._attention(x)
+        if pi is None and self.pieces == 2 and torch.is_grad_enabled() and parts.dtype == x.dtype:
+            slopes = torch.stack([parts[0] + 1, parts[1]])
+            return _TwoPieces.apply(x, slopes, parts[2:])
         y: Tensor | None = None
         for k in range(self.pieces):
             slope, offset = parts[k], parts[self.pieces + k]
