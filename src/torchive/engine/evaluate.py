@@ -88,9 +88,9 @@ def score(
             batch = on_device_of(model, batch, channels_last=recipe.train.channels_last)
             for found, target in zip(model.predict(batch.inputs), batch.targets, strict=True):  # type: ignore[operator]
                 record = record_of(recipe.task, found, target, len(samples.classes))
-                rows.append((place, record, (_on_cpu(found), _on_cpu(target)) if predictions else None))
+                rows.append((place, record, (on_cpu(found), on_cpu(target)) if predictions else None))
                 place += world
-        rows = _gathered(rows, world)
+        rows = gathered(rows, world)
         metrics = metrics_of(recipe.task, [record for _, record, _ in rows], samples.classes)
     if not predictions:
         return Evaluation(metrics)
@@ -120,17 +120,18 @@ def on_device_of(model: nn.Module, batch: Batch, *, channels_last: bool) -> Batc
     return batch.to(device, channels_last=channels_last)
 
 
-def _on_cpu(value: Any) -> Any:
+def on_cpu(value: Any) -> Any:
+    """A prediction or target with its tensors on the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     if isinstance(value, dict):
-        return {key: _on_cpu(item) for key, item in value.items()}
+        return {key: on_cpu(item) for key, item in value.items()}
     if hasattr(value, "__dataclass_fields__"):
-        return replace(value, **{key: _on_cpu(getattr(value, key)) for key in value.__dataclass_fields__})
+        return replace(value, **{key: on_cpu(getattr(value, key)) for key in value.__dataclass_fields__})
     return value
 
 
-def _gathered(rows: list[Any], world: int) -> list[Any]:
+def gathered(rows: list[Any], world: int) -> list[Any]:
     """The rows of all processes in the order of the samples."""
     if world == 1:
         return rows
@@ -161,7 +162,7 @@ def score_run(
 ) -> Evaluation:
     """As ``evaluate_run``, with the prediction of every sample; ``samples`` may be given instead of ``data``."""
     from torchive.engine.build import open_split
-    from torchive.engine.processes import start_processes
+    from torchive.engine.processes import placed, start_processes
     from torchive.engine.run import open_run
 
     loaded = open_run(run)
@@ -169,12 +170,12 @@ def score_run(
     samples = open_split(recipe, split) if samples is None else samples
     if recipe.task != "selfsupervised" and tuple(samples.classes) != loaded.classes:
         raise RecipeError(
-            f"{samples.name} has the classes {', '.join(samples.classes)}; the run was trained on {', '.join(loaded.classes)}"
+            f"{samples.name} has the classes {', '.join(samples.classes)}; "
+            f"the run was trained on {', '.join(loaded.classes)}"
         )
     if recipe.task == "selfsupervised" and reference is None:
         reference = open_split(recipe, "train")
     accelerator = start_processes(recipe)
-    layout = torch.channels_last if recipe.train.channels_last else torch.preserve_format
-    model = loaded.model.to(accelerator.device, memory_format=layout)
+    model = placed(loaded.model, accelerator.device, channels_last=recipe.train.channels_last)
     rank, world = accelerator.process_index, accelerator.num_processes
     return score(model, samples, recipe, reference=reference, rank=rank, world=world, predictions=predictions)

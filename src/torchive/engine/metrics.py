@@ -63,8 +63,9 @@ def record_of(task: str, prediction: Any, target: Any, classes: int) -> Any:
 
 def metrics_of(task: str, records: Sequence[Any], classes: Sequence[str]) -> dict[str, float]:
     """All metrics of a task over the records of its samples."""
-    table = {"classification": _classification, "segmentation": _segmentation, "detection": _detection}
-    return table[task](records, classes)
+    if task == "classification":
+        return _classification(records, classes)
+    return _segmentation(records, classes) if task == "segmentation" else _detection(records, classes)
 
 
 def confusion(labels: Tensor, target: Tensor, classes: int) -> Tensor:
@@ -114,7 +115,7 @@ def _boxes(found: Detections) -> dict[str, Tensor]:
 def _detection(
     records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], classes: Sequence[str]
 ) -> dict[str, float]:
-    result = {}
+    result: dict[str, float] = {}
     for kind, prefix in (("bbox", ""), ("segm", "mask_")):
         if kind == "segm" and not all("masks" in found and "masks" in target for found, target in records):
             continue
@@ -129,8 +130,12 @@ def _detection(
 def _coco(records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], kind: str) -> dict[str, Tensor]:
     from torchmetrics.detection import MeanAveragePrecision
 
-    metric = MeanAveragePrecision(
-        iou_type=kind, class_metrics=True, backend="faster_coco_eval", sync_on_compute=False, dist_sync_on_step=False
+    metric: Any = MeanAveragePrecision(
+        iou_type=kind,  # type: ignore[arg-type]
+        class_metrics=True,
+        backend="faster_coco_eval",
+        sync_on_compute=False,
+        dist_sync_on_step=False,
     )
     metric.warn_on_many_detections = False
     metric.update([_for_coco(found, kind) for found, _ in records], [_for_coco(target, kind) for _, target in records])

@@ -28,7 +28,7 @@ def knn_accuracy(
     k: int = 200,
     temperature: float = 0.1,
 ) -> float:
-    """Share of (N, D) features whose k nearest training features by cosine, weighed by exp(cosine / T), vote rightly."""
+    """Share of (N, D) features whose k nearest training features vote rightly, weighed by exp(cosine / T)."""
     k = min(k, len(train_features))
     similarity = nn.functional.normalize(features, dim=1) @ nn.functional.normalize(train_features, dim=1).T  # (N, M)
     weight, index = similarity.topk(k, dim=1)
@@ -92,7 +92,7 @@ def probe(
 
 
 def _features(model: nn.Module, samples: SampleSet, recipe: Recipe, rank: int, world: int) -> tuple[Tensor, Tensor]:
-    from torchive.engine.evaluate import _gathered, batches_of, on_device_of
+    from torchive.engine.evaluate import batches_of, gathered, on_device_of
 
     rows: list[tuple[int, Any, Any]] = []
     place = rank
@@ -101,5 +101,5 @@ def _features(model: nn.Module, samples: SampleSet, recipe: Recipe, rank: int, w
         for feature, label in zip(represent(model, batch.inputs).cpu(), batch.targets.tolist(), strict=True):
             rows.append((place, feature, label))
             place += world
-    rows = _gathered(rows, world)
+    rows = gathered(rows, world)
     return torch.stack([feature for _, feature, _ in rows]), torch.tensor([label for _, _, label in rows])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -51,6 +50,11 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(value)
 
 
-def launched() -> bool:
-    """Whether a launcher started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def placed(model: nn.Module, device: torch.device | str, *, channels_last: bool) -> nn.Module:
+    """The model moved to a device, in place; 4-D weights in channels-last layout if asked for."""
+    model.to(device)
+    if channels_last:
+        for parameter in model.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return model

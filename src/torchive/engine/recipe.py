@@ -36,8 +36,8 @@ class ConvertSpec:
 class DataSpec:
     """What is trained on.
 
-    ``batch_size`` counts the samples of one optimiser step over all processes. ``channels`` 1 or 3 turns colour into grey
-    or grey into colour; None leaves the images as they are. ``fraction`` keeps that share of the training samples.
+    ``batch_size`` counts the samples of one optimiser step over all processes. ``channels`` 1 or 3 turns colour into
+    grey or grey into colour; None leaves the images as they are. ``fraction`` keeps that share of the training samples.
     """
 
     source: str = "solar"
@@ -149,7 +149,7 @@ class Recipe:
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe by name ("classification/solar", "solar"), by the name of a method that is a model ("ssd"), or from a file.
+    """A recipe by name ("classification/solar", "solar"), by the name of a method that has one ("ssd"), or from a file.
 
     Args:
         overrides: words such as ``train.steps=50``, ``model.init_args.network=timm/resnet34`` or, for short,

@@ -134,9 +134,9 @@ def _inside(place: Any, path: str) -> dict[str, Any]:
     return place
 
 
-def resolve_recipe(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+def resolve_recipe(given: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Check plain values and make them a recipe. Raises RecipeError."""
-    values = copy.deepcopy(dict(values))
+    values = copy.deepcopy(dict(given))
     _check_keys(values, [f.name for f in fields(Recipe)], where, "")
     for key in ("task", "model"):
         if key not in values:
@@ -248,7 +248,7 @@ def _parameters(cls: Any) -> list[str]:
 
 
 def filled(spec: Mapping[str, Any], given: Mapping[str, Any], key: str = "model") -> dict[str, Any]:
-    """A class spec with ``num_classes`` and ``in_channels`` put in wherever a class takes them and none stands there."""
+    """A class spec with ``num_classes`` and ``in_channels`` put in where a class takes them and none stands there."""
     cls, arguments = import_class(spec["class_path"]), dict(spec["init_args"])
     for name, value in arguments.items():
         if isinstance(value, dict) and "class_path" in value:

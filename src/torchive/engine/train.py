@@ -29,7 +29,8 @@ from torchive.engine.checkpoint import (
 from torchive.engine.evaluate import evaluate
 from torchive.engine.loop import Loop, Step
 from torchive.engine.metrics import METRICS
-from torchive.engine.processes import any_process, share_buffers, start_processes
+from torchive.engine.pictures import batch_sheet, predicted_samples, prediction_sheet, save_picture, spread
+from torchive.engine.processes import any_process, placed, share_buffers, start_processes
 from torchive.engine.progress import Progress
 from torchive.engine.recipe import Recipe
 from torchive.engine.run import RunFolder, deployable_of
@@ -39,8 +40,8 @@ from torchive.engine.run import RunFolder, deployable_of
 class TrainResult:
     """What a run ended with.
 
-    ``metrics`` are those of the validation split at the end, ``seconds`` the time spent in steps, ``waited`` the part of
-    it spent waiting for data (of this process since it started), ``history`` the lines of ``metrics.jsonl``.
+    ``metrics`` are those of the validation split at the end, ``seconds`` the time spent in steps, ``waited`` the part
+    of it spent waiting for data (of this process since it started), ``history`` the lines of ``metrics.jsonl``.
     """
 
     metrics: dict[str, float]
@@ -52,7 +53,8 @@ class TrainResult:
     waited: float = 0.0
 
     def __str__(self) -> str:
-        head = f"{self.run}: {'stopped after' if self.interrupted else 'trained'} {self.steps} steps in {self.seconds:.1f} s"
+        verb = "stopped after" if self.interrupted else "trained"
+        head = f"{self.run}: {verb} {self.steps} steps in {self.seconds:.1f} s"
         if self.interrupted:
             return f"{head}; the same command continues"
         return "\n".join([head, *(f"  {name:<22} {value:.4f}" for name, value in self.metrics.items())])
@@ -110,8 +112,7 @@ class _Training:
             resuming = resuming if self.main else self.folder.last.exists()
             if resuming and self.folder.result.exists() and self.folder.model.exists():
                 return self._finished_before()
-            layout = torch.channels_last if self.recipe.train.channels_last else torch.preserve_format
-            model = model.to(self.accelerator.device, memory_format=layout)
+            placed(model, self.accelerator.device, channels_last=self.recipe.train.channels_last)
             loop = Loop(self.recipe, model, self._loader(model), self.accelerator, self.folder.path)
             if resuming:
                 self._restore(loop)
@@ -282,10 +283,20 @@ class _Training:
         )
 
     def _draw_samples(self, loop: Loop) -> None:
-        return
+        """``pictures/train.png``: the first batch as it reaches the network."""
+        path = self.folder.pictures / "train.png"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            batch = next(loop.loader.epoch(0))
+            save_picture(batch_sheet(batch, self.recipe, self.samples["train"].classes), path)
 
     def _draw_predictions(self, loop: Loop) -> None:
-        return
+        """``pictures/val.png``: the final model's predictions beside the targets."""
+        model, samples = deployable_of(loop.model), self.samples.get("val")
+        if samples is not None and len(samples) and hasattr(model, "predict"):
+            chosen, found = predicted_samples(model, samples, spread(samples), self.recipe)
+            sheet = prediction_sheet(chosen, found, self.recipe, samples.classes)
+            save_picture(sheet, self.folder.pictures / "val.png")
 
 
 def _copy_shared(model: nn.Module, initial: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,237 @@
+"""Pictures of results: an image and a prediction in, an image with the result drawn out. Nothing is read or written.
+
+Images are (C, H, W), uint8 or float in [0, 1], one or three channels; results are uint8 (3, H', W').
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from torchive.structures import Classification, Detections, Prediction
+
+#: Colours that stay apart for colour-blind eyes (Okabe and Ito), then more by the golden angle.
+_FIRST = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+_PAPER, _INK = (250, 250, 250), (25, 25, 25)
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    """The colour of a class."""
+    if index < len(_FIRST):
+        return _FIRST[index]
+    red, green, blue = colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.65, 0.9)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def draw_prediction(
+    image: Tensor,
+    prediction: Prediction,
+    classes: Sequence[str],
+    *,
+    target: Any = None,
+    threshold: float = 0.3,
+    smallest: int = 256,
+) -> Tensor:
+    """The image with the prediction drawn, and the target where one is given.
+
+    Args:
+        classes: names; of detections without the background, of segmentations with it.
+        target: of the same sample, as ``structures/batch.py`` says.
+        threshold: detections below this score are left out.
+        smallest: an image whose longer side is shorter is enlarged to it.
+    """
+    if isinstance(prediction, Classification):
+        return draw_class(image, prediction, classes, target=target, smallest=smallest)
+    if isinstance(prediction, Detections):
+        kept = prediction.scores >= threshold
+        return draw_boxes(
+            image,
+            prediction.boxes[kept],
+            prediction.labels[kept],
+            classes,
+            scores=prediction.scores[kept],
+            masks=None if prediction.masks is None else prediction.masks[kept],
+            truth=None if target is None else target["boxes"],
+            smallest=smallest,
+        )
+    return draw_regions(image, prediction.labels, classes, smallest=smallest)
+
+
+def draw_target(image: Tensor, target: Any, classes: Sequence[str], *, smallest: int = 256) -> Tensor:
+    """The image with its target drawn: the class's name, boxes and masks, or regions; None draws nothing."""
+    if target is None:
+        return _array(_enlarged(image, smallest)[0])
+    if isinstance(target, dict):
+        return draw_boxes(
+            image, target["boxes"], target["labels"], classes, masks=target.get("masks"), smallest=smallest
+        )
+    if isinstance(target, Tensor) and target.ndim == 2:
+        return draw_regions(image, target, classes, smallest=smallest)
+    return _array(_banner(_enlarged(image, smallest)[0], [(_name(classes, int(target)), None)]))
+
+
+def draw_class(
+    image: Tensor, prediction: Classification, classes: Sequence[str], *, target: Any = None, smallest: int = 256
+) -> Tensor:
+    """A banner below the image with the class and its score; with a target, whether it is right."""
+    label = prediction.label
+    lines: list[tuple[str, tuple[int, int, int] | None]] = [
+        (f"{_name(classes, label)}  {float(prediction.scores[label]):.2f}", None)
+    ]
+    if target is not None:
+        right = int(target) == label
+        lines[0] = (lines[0][0], (0, 130, 90) if right else (190, 60, 0))
+        if not right:
+            lines.append((f"is: {_name(classes, int(target))}", None))
+    return _array(_banner(_enlarged(image, smallest)[0], lines))
+
+
+def draw_boxes(
+    image: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    *,
+    scores: Tensor | None = None,
+    masks: Tensor | None = None,
+    truth: Tensor | None = None,
+    smallest: int = 256,
+) -> Tensor:
+    """Boxes (L, 4) with labels from 1 and scores, masks (L, H, W) as a tint, true boxes as thin white lines."""
+    picture, scale = _enlarged(image, smallest)
+    if masks is not None and len(masks):
+        layers = torch.stack([masks.bool() & (labels == label)[:, None, None] for label in labels.unique()])
+        for label, layer in zip(labels.unique().tolist(), layers.any(1), strict=True):
+            picture = _tinted(picture, layer, colour(label - 1))
+    draw = ImageDraw.Draw(picture)
+    width = max(round(max(picture.size) / 300), 1)
+    for box in [] if truth is None else (truth * scale).tolist():
+        draw.rectangle(box, outline=(255, 255, 255), width=max(width // 2, 1))
+    font = _font(max(min(picture.size) // 28, 11))
+    order = range(len(boxes)) if scores is None else scores.argsort().tolist()  # the best is drawn last, on top
+    for index in order:
+        box, label = (boxes[index] * scale).tolist(), int(labels[index])
+        draw.rectangle(box, outline=colour(label - 1), width=width)
+        words = ([] if len(classes) == 1 else [_name(classes, label - 1)]) + (
+            [] if scores is None else [f"{float(scores[index]):.2f}"]
+        )
+        if words:
+            _tag(draw, box, " ".join(words), colour(label - 1), font)
+    count = f"{len(boxes)} {classes[0] if len(classes) == 1 else 'objects'}"
+    return _array(_banner(picture, [(count, None)]))
+
+
+def draw_regions(image: Tensor, labels: Tensor, classes: Sequence[str], *, smallest: int = 256) -> Tensor:
+    """Classes (H, W) as a tint with outlines, and a legend of those present; class 0 and 255 stay clear."""
+    picture, _ = _enlarged(image, smallest)
+    present = [k for k in labels.unique().tolist() if 0 < k < 255]
+    for k in present:
+        picture = _tinted(picture, labels == k, colour(k - 1))
+    shares = [f"{_name(classes, k)} {float((labels == k).double().mean()):.0%}" for k in present]
+    lines = [(text, colour(k - 1)) for text, k in zip(shares, present, strict=True)]
+    return _array(_banner(picture, lines[:6] or [("nothing found", None)]))
+
+
+def grid(pictures: Sequence[Tensor], columns: int = 4, gap: int = 6) -> Tensor:
+    """Pictures (3, H, W) of any sizes in rows on light paper; each row is as high as its highest."""
+    if not pictures:
+        raise ValueError("a grid needs at least one picture, got none")
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    width = max(sum(p.shape[2] + gap for p in row) for row in rows) + gap
+    height = sum(max(p.shape[1] for p in row) + gap for row in rows) + gap
+    sheet = torch.tensor(_PAPER, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
+    top = gap
+    for row in rows:
+        left = gap
+        for picture in row:
+            sheet[:, top : top + picture.shape[1], left : left + picture.shape[2]] = picture
+            left += picture.shape[2] + gap
+        top += max(p.shape[1] for p in row) + gap
+    return sheet
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """A Pillow picture of an image tensor."""
+    if image.is_floating_point():
+        image = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    if image.shape[0] == 1:
+        image = image.expand(3, -1, -1)
+    return Image.fromarray(image[:3].permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def _array(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def _enlarged(image: Tensor, smallest: int) -> tuple[Image.Image, float]:
+    picture = to_picture(image)
+    scale = max(smallest / max(picture.size), 1.0)
+    if scale > 1:
+        size = round(picture.width * scale), round(picture.height * scale)
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    return picture, scale
+
+
+def _tinted(picture: Image.Image, where: Tensor, tint: tuple[int, int, int]) -> Image.Image:
+    """Half-covered by a colour, with its outline in full."""
+    mask = Image.fromarray(where.cpu().numpy() * np.uint8(255)).resize(picture.size, Image.Resampling.NEAREST)
+    inside = np.asarray(mask) > 0
+    shrunk = inside.copy()
+    for axis in (0, 1):
+        for step in (-1, 1):
+            shrunk &= np.roll(inside, step, axis)
+    pixels = np.array(picture, dtype=np.float32)
+    pixels[inside] = 0.55 * pixels[inside] + 0.45 * np.array(tint, dtype=np.float32)
+    pixels[inside & ~shrunk] = tint
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _banner(picture: Image.Image, lines: Sequence[tuple[str, tuple[int, int, int] | None]]) -> Image.Image:
+    """Lines of text below the picture, each with a square of its colour where it has one."""
+    size = max(min(picture.width // 18, 22), 11)
+    high = round(size * 1.5)
+    sheet = Image.new("RGB", (picture.width, picture.height + high * len(lines) + size // 3), _PAPER)
+    sheet.paste(picture)
+    draw = ImageDraw.Draw(sheet)
+    for index, (text, tint) in enumerate(lines):
+        top = picture.height + size // 4 + index * high
+        left = size // 2
+        if tint is not None:
+            draw.rectangle((left, top + size // 4, left + size * 3 // 4, top + size), fill=tint)
+            left += size + size // 4
+        draw.text((left, top), _fitting(text, size, picture.width - left), fill=_INK, font=_font(size))
+    return sheet
+
+
+def _fitting(text: str, size: int, width: int) -> str:
+    font = _font(size)
+    if font.getlength(text) <= width:
+        return text
+    while len(text) > 1 and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _tag(draw: ImageDraw.ImageDraw, box: Sequence[float], text: str, tint: tuple[int, int, int], font: Any) -> None:
+    """The label on its colour above the box, or inside where there is no room."""
+    width, height = font.getlength(text) + 4, font.size + 3
+    left, top = box[0], box[1] - height if box[1] >= height else box[1]
+    draw.rectangle((left, top, left + width, top + height), fill=tint)
+    bright = 0.3 * tint[0] + 0.59 * tint[1] + 0.11 * tint[2] > 130
+    draw.text((left + 2, top), text, fill=_INK if bright else _PAPER, font=font)
+
+
+def _name(classes: Sequence[str], index: int) -> str:
+    return classes[index] if 0 <= index < len(classes) else f"class {index}"
+
+
+@lru_cache(maxsize=32)
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)
