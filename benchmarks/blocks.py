@@ -3,10 +3,10 @@
     python benchmarks/blocks.py [--rounds 15] [--against NAME=FILE.py:CLASS[:KEY=VALUE,..]] ...
 
 For gcnet the other side is timm's GlobalContext. The other two are not in timm: name a file, for example
-``--against dynamic_relu=dyrelu.py:DyReLUB:reduction=8 --against "mabn=MABN.py:MABN2d:B=2,real_B=32"``; a class CenConv2d
-in the same file then takes the place of the convolutions. Without one, the block is timed against the plain network.
-Both sides run in turn in one process. Printed: the ratio of the medians (below 1: ours is faster) with the smallest and
-the largest ratio of two neighbouring runs.
+``--against dynamic_relu=dyrelu.py:DyReLUB:reduction=8`` or ``--against mabn=MABN.py:MABN2d:B=2,real_B=32``; a class
+CenConv2d in the same file then takes the place of the convolutions. Without one, the block is timed against the plain
+network. Both sides run in turn in one process. Printed: the ratio of the medians (below 1: ours is faster) with the
+smallest and the largest ratio of two neighbouring runs.
 """
 
 from __future__ import annotations
