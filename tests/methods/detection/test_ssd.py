@@ -288,6 +288,7 @@ def average_precision(found, targets, label: int) -> tuple[float, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_softmax_against_sigmoids(scenes, capsys) -> None:
     """Mean AP and mis-ranking on synthetic shapes: softmax, K sigmoids, no mining, one source."""
     draw = torch.Generator().manual_seed(0)

@@ -350,6 +350,7 @@ def discs_among_distractors(count: int, size: int, generator: torch.Generator) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_disc_among_distractors(capsys) -> None:
     """Dice of the disc for U-Net, U-Net of equal parameters, gated U-Net and two-stage cascade after the same 500
     steps.
