@@ -1,0 +1,69 @@
+"""Export of a trained run: test samples for the gap and the score, training samples to calibrate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from torchive.engine.build import open_split
+from torchive.engine.evaluate import batches_of, score
+from torchive.engine.export import ExportReport, export_model
+from torchive.engine.recipe import Recipe
+from torchive.engine.run import open_run
+
+
+def export_run(
+    run: Path, out: Path | None = None, *, int8: bool = False, samples: int = 16, calibration: int = 128
+) -> ExportReport:
+    """Write a run's model as ONNX, run it at two sizes on test samples, and score the file on the test split.
+
+    Args:
+        run: a run folder.
+        out: where ``model.onnx`` and ``export.json`` go; ``RUN/export`` by default.
+        int8: also a static int8 form, calibrated on ``calibration`` training samples.
+        samples: test samples for the gap.
+
+    Raises:
+        CheckpointError, DataError: the run or its data cannot be read.
+        ExportError: the export fails, or a file does not compute what the model computes.
+    """
+    loaded = open_run(Path(run))
+    recipe = replace(loaded.recipe, train=replace(loaded.recipe.train, channels_last=False))
+    test = open_split(recipe, "test")
+
+    def scored(model: nn.Module) -> dict[str, float]:
+        metrics = score(model, test, recipe, predictions=False).metrics
+        return {name: value for name, value in metrics.items() if "/" not in name}
+
+    return export_model(
+        loaded.model,
+        Path(out) if out is not None else Path(run) / "export",
+        _stack(recipe, "test", max(samples, 2)),
+        calibration=_batches(recipe, calibration) if int8 else None,
+        score=scored if hasattr(loaded.model, "predict") else None,
+    )
+
+
+def _images(recipe: Recipe, split: str) -> Iterator[Tensor]:
+    """Images of a split as prediction sees them, (1, C, H, W), all of one size."""
+    size = recipe.data.image_size
+    for batch in batches_of(open_split(recipe, split), recipe):
+        for image in batch.inputs:
+            if size is None or image.shape[-2:] == (size, size):
+                yield image[None]
+            else:
+                yield interpolate(image[None], size=(size, size), mode="bilinear")
+
+
+def _stack(recipe: Recipe, split: str, count: int) -> Tensor:
+    images = [image for image, _ in zip(_images(recipe, split), range(count), strict=False)]
+    return torch.cat(images).contiguous()
+
+
+def _batches(recipe: Recipe, count: int, size: int = 16) -> Iterator[Tensor]:
+    yield from _stack(recipe, "train", count).split(size)
