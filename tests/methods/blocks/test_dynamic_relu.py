@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,13 +12,6 @@ from torch.nn import functional as F
 from torchive.methods.blocks.dynamic_relu import DynamicReLU, spatial_attention
 
 REPOSITORY, COMMIT = "Islanna/DynamicReLU", "0ba5a33821024d5e7d098f2343e3bb10a4fe4bb9"
-
-
-@pytest.fixture
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def shaken(**options: object) -> DynamicReLU:

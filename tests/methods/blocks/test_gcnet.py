@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import timm.layers
@@ -21,13 +20,6 @@ from torchive.methods.blocks.gcnet import (
 from torchive.methods.blocks.gcnet.pooling import attention_pool
 
 REPOSITORY, COMMIT = "xvjiarui/GCNet", "029db5407dc27147eb1d41f62b09dfed8ec88837"
-
-
-@pytest.fixture
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def shake(module: nn.Module, scale: float = 0.5) -> nn.Module:

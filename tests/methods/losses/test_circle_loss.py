@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,13 +17,6 @@ from torchive.nn.cosine_classifier import CosineClassifier
 
 REPOSITORY, COMMIT = "TinyZeaMays/CircleLoss", "d002ecd0c7e395f6e39bf8a2a96fd05b83afa93f"
 SETTINGS = [(0.25, 256.0), (0.25, 128.0), (0.4, 80.0)]
-
-
-@pytest.fixture
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def one_sum(s_p: list[float], s_n: list[float], margin: float, gamma: float, weighted: bool = True) -> float:
