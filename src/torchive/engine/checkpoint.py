@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import zipfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,8 +92,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     with open(path, "rb") as file:
-        head = file.read(2)
-    if zipfile.is_zipfile(path) or head[:1] == b"\x80" or head == b"PK":
+        head = file.read(9)
+    if _is_pickle(head):
         return Checkpoint({f"model.{k}": v for k, v in _foreign(path).items()})
     try:
         with safe_open(path, "pt") as source:
@@ -110,9 +110,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(tensors, values)
 
 
+def _is_pickle(head: bytes) -> bool:
+    """Whether a file's first bytes are those of ``torch.save``: a zip archive, or a bare pickle of protocol 2 to 5.
+
+    A safetensors file starts with the length of its header, which may have any low byte, and then the header's brace.
+    """
+    if head[8:9] == b"{":
+        return False
+    return head[:2] == b"PK" or (head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"))
+
+
 def _foreign(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickle protocols, which are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: a pickle that holds more than tensors; it could run code, so it is refused. "
@@ -169,7 +181,8 @@ def load_optimizer(
         if name.startswith(f"{prefix}."):
             index, _, key = name.removeprefix(f"{prefix}.").partition(".")
             parameter = parameters[int(index)]
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach()
+            if isinstance(value, Tensor):
+                same = value.shape == parameter.shape
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value).detach() if same else value.clone()
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

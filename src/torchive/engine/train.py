@@ -99,6 +99,7 @@ class _Training:
         self.scores: dict[str, float] = {}
         self.scored_at = -1
         self.top: float | None = None
+        self.window = _Window()
 
     def run(self, *, resume: bool, stop_after: int | None, initial: Mapping[str, Tensor] | None) -> TrainResult:
         with kept_generators():
@@ -132,6 +133,7 @@ class _Training:
             try:
                 interrupted = stop_after is not None and loop.step >= stop_after
                 for step in () if interrupted else loop.steps():
+                    self.window.add(step.losses)
                     if step.number % train.log_every == 0 or step.number == 1 or loop.finished:
                         self._log(loop, step, bar)
                     if train.evaluate_every and step.number % train.evaluate_every == 0 and not loop.finished:
@@ -179,7 +181,7 @@ class _Training:
 
     def _log(self, loop: Loop, step: Step, bar: Progress) -> None:
         loop.settle()
-        losses = {name: float(self.accelerator.reduce(value, "mean")) for name, value in step.losses.items()}
+        losses = {name: float(self.accelerator.reduce(value, "mean")) for name, value in self.window.take().items()}
         if not self.main:
             return
         total = sum(losses.values())
@@ -239,6 +241,7 @@ class _Training:
             "step": loop.step,
             "elapsed": loop.elapsed,
             "top": self.top,
+            "window": self.window.values(),
             "optimizer": plain,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "fingerprint": self.recipe.fingerprint(),
@@ -260,6 +263,7 @@ class _Training:
             load_optimizer(optimizer, checkpoint.tensors, values["optimizer"], f"optimizer.{name or 'all'}")
         if values.get("scaler") and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(values["scaler"])
+        self.window = _Window.of(values["window"], self.accelerator.device)
         loop.step, loop.elapsed, self.top = values["step"], values["elapsed"], values["top"]
 
     def _finish(self, loop: Loop, bar: Progress) -> None:
@@ -297,6 +301,34 @@ class _Training:
             chosen, found = predicted_samples(model, samples, spread(samples), self.recipe)
             sheet = prediction_sheet(chosen, found, self.recipe, samples.classes)
             save_picture(sheet, self.folder.pictures / "val.png")
+
+
+class _Window:
+    """Losses since the last record, summed where they are, so that a step does not wait for the device."""
+
+    def __init__(self) -> None:
+        self.count, self.sums = 0, dict[str, Tensor]()
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        self.count += 1
+        for name, value in losses.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def take(self) -> dict[str, Tensor]:
+        """The means, and start again."""
+        means = {name: value / self.count for name, value in self.sums.items()}
+        self.count, self.sums = 0, {}
+        return means
+
+    def values(self) -> dict[str, Any]:
+        return {"count": self.count, "sums": {name: float(value) for name, value in self.sums.items()}}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], device: torch.device) -> _Window:
+        window = cls()
+        window.count = values["count"]
+        window.sums = {name: torch.tensor(value, device=device) for name, value in values["sums"].items()}
+        return window
 
 
 def _copy_shared(model: nn.Module, initial: Mapping[str, Tensor]) -> None:

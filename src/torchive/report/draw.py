@@ -61,7 +61,7 @@ def draw_prediction(
             truth=None if target is None else target["boxes"],
             smallest=smallest,
         )
-    return draw_regions(image, prediction.labels, classes, smallest=smallest)
+    return draw_regions(image, prediction.labels, classes, truth=target, smallest=smallest)
 
 
 def draw_target(image: Tensor, target: Any, classes: Sequence[str], *, smallest: int = 256) -> Tensor:
@@ -128,12 +128,19 @@ def draw_boxes(
     return _array(_banner(picture, [(count, None)]))
 
 
-def draw_regions(image: Tensor, labels: Tensor, classes: Sequence[str], *, smallest: int = 256) -> Tensor:
-    """Classes (H, W) as a tint with outlines, and a legend of those present; class 0 and 255 stay clear."""
+def draw_regions(
+    image: Tensor, labels: Tensor, classes: Sequence[str], *, truth: Tensor | None = None, smallest: int = 256
+) -> Tensor:
+    """Classes (H, W) as a tint with outlines, and a legend of those present; class 0 and 255 stay clear.
+
+    With ``truth`` (H, W) the true regions stand as white outlines.
+    """
     picture, _ = _enlarged(image, smallest)
     present = [k for k in labels.unique().tolist() if 0 < k < 255]
     for k in present:
         picture = _tinted(picture, labels == k, colour(k - 1))
+    for k in [] if truth is None else [k for k in truth.unique().tolist() if 0 < k < 255]:
+        picture = _tinted(picture, truth == k, (255, 255, 255), share=0.0)
     shares = [f"{_name(classes, k)} {float((labels == k).double().mean()):.0%}" for k in present]
     lines = [(text, colour(k - 1)) for text, k in zip(shares, present, strict=True)]
     return _array(_banner(picture, lines[:6] or [("nothing found", None)]))
@@ -179,8 +186,8 @@ def _enlarged(image: Tensor, smallest: int) -> tuple[Image.Image, float]:
     return picture, scale
 
 
-def _tinted(picture: Image.Image, where: Tensor, tint: tuple[int, int, int]) -> Image.Image:
-    """Half-covered by a colour, with its outline in full."""
+def _tinted(picture: Image.Image, where: Tensor, tint: tuple[int, int, int], share: float = 0.45) -> Image.Image:
+    """Covered in part by a colour, with its outline in full."""
     mask = Image.fromarray(where.cpu().numpy() * np.uint8(255)).resize(picture.size, Image.Resampling.NEAREST)
     inside = np.asarray(mask) > 0
     shrunk = inside.copy()
@@ -188,7 +195,7 @@ def _tinted(picture: Image.Image, where: Tensor, tint: tuple[int, int, int]) -> 
         for step in (-1, 1):
             shrunk &= np.roll(inside, step, axis)
     pixels = np.array(picture, dtype=np.float32)
-    pixels[inside] = 0.55 * pixels[inside] + 0.45 * np.array(tint, dtype=np.float32)
+    pixels[inside] = (1 - share) * pixels[inside] + share * np.array(tint, dtype=np.float32)
     pixels[inside & ~shrunk] = tint
     return Image.fromarray(pixels.round().astype(np.uint8))
 
