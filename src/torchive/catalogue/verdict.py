@@ -1,7 +1,7 @@
 """The verdict, computed from evidence alone: ship, build or watch, and at which scale that was measured.
 
 ``ship``: a gain on real data whose interval lies above zero and that survives the control of the false discovery rate,
-exported to ONNX and run there with a gap below 1e-4, a latency of at most 1.25 times the baseline's, nothing restricted.
+exported to ONNX and run there with a gap below 1e-4, latency at most 1.25 times the baseline's, nothing restricted.
 ``build``: referenced or matched, and no ship: the gain is unclear, or it costs more, or it is a part of a system.
 ``watch``: the rest. Among many intervals some exclude zero by luck, so a gain counts only if it is a discovery of
 Benjamini and Hochberg (1995) at 5 % over all measured intervals of the archive.
