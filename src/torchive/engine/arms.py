@@ -150,7 +150,7 @@ def _laid_over(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
 
 
 def with_budget(recipe: Recipe, budget: str | None) -> Recipe:
-    scale = {"s": 1, "sec": 1, "second": 1, "seconds": 1, "min": 60, "minute": 60, "minutes": 60, "h": 3600}
+    """A recipe with a budget such as "400 steps", "60 s" or "2 min"; evaluations and checkpoints move closer if needed.
 
     Raises:
         ComparisonError: the budget cannot be read.
@@ -160,17 +160,7 @@ def with_budget(recipe: Recipe, budget: str | None) -> Recipe:
     text = budget.strip().lower().replace(" ", "")
     number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
     unit = text[len(number) :]
-    seconds = {
-        "s": 1,
-        "sec": 1,
-        "second": 1,
-        "seconds": 1,
-        "min": 60,
-        "minute": 60,
-        "minutes": 60,
-        "h": 3600,
-        "hour": 3600,
-    }
+    scale = {"s": 1, "sec": 1, "second": 1, "seconds": 1, "min": 60, "minute": 60, "minutes": 60, "h": 3600}
     try:
         amount = float(number)
         if amount <= 0 or (unit not in ("step", "steps", "") and unit not in scale):

@@ -43,7 +43,7 @@ def paired_figure(metric: MetricSummary, margin: float = 0.0) -> str:
         drawing.rect(axis(-pad), top, axis(pad) - axis(-pad), bottom - top, "margin")
     _grid_x(drawing, axis, top, bottom, zero=True)
     if metric.estimate:
-        y, mean = 34, metric.estimate.mean * factor
+        y, mean = 34.0, metric.estimate.mean * factor
         drawing.line(axis(ends[0]), y, axis(ends[1]), y, "interval")
         for end in ends:
             drawing.line(axis(end), y - 7, axis(end), y + 7, "whisker")
