@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchive.nn.encoder import build_encoder
+from torchive.nn.views import SimCLRViews
 from torchive.structures import Batch
 
 
@@ -59,6 +60,11 @@ class DenoisingAutoEncoder(nn.Module):
         self.hidden, self.patch = hidden, patch
         self.encoder = build_encoder(backbone, in_channels=in_channels, stem=stem, feature_dim=feature_dim)
         self.decoder = _decoder(self.encoder.feature_dim, in_channels, image_size, widths)
+
+    @staticmethod
+    def views(image_size: int, **options: Any) -> SimCLRViews:
+        """The views of contrastive training, so that both learn from the same images."""
+        return SimCLRViews(image_size, **options)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Features (N, D) of images (N, C, H, W)."""

@@ -11,11 +11,11 @@ Differs  the authors' code returns the sum of two means, twice L. Its crops are 
          here with one. The logistic and the triplet loss are means over an anchor's negatives; the paper is silent.
 """
 
-from torchive.methods.training.simclr.augment import SimCLRViews
 from torchive.methods.training.simclr.diagnostics import alignment, contrastive_accuracy, norm_leak, uniformity
 from torchive.methods.training.simclr.loss import MarginTripletLoss, NTLogisticLoss, NTXentLoss
 from torchive.methods.training.simclr.model import ProjectionHead, SimCLR
 from torchive.methods.training.simclr.schedule import learning_rate, warmup_cosine
+from torchive.nn.views import SimCLRViews
 
 __all__ = [
     "MarginTripletLoss",

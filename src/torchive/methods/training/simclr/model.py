@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchive.methods.training.simclr.augment import SimCLRViews
 from torchive.methods.training.simclr.diagnostics import alignment, contrastive_accuracy, uniformity
 from torchive.methods.training.simclr.loss import NTXentLoss
 from torchive.nn.encoder import build_encoder
 from torchive.nn.global_norm import GlobalBatchNorm
+from torchive.nn.views import SimCLRViews
 from torchive.structures import Batch
 
 

@@ -1,4 +1,4 @@
-"""The two views of an image: crop, flip, colour, blur, drawn independently."""
+"""SimCLR's views of an image (arXiv:2002.05709): crop, flip, colour, blur, drawn independently."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SimCLRViews(nn.Module):
 
     Args:
         image_size: S.
-        area: smallest and largest share of the image that is cut out; (1, 1) with ``aspect`` (1, 1) takes a whole square.
+        area: smallest and largest share of the image that is cut out; (1, 1) with ``aspect`` (1, 1) takes it whole.
         aspect: smallest and largest width over height of the crop.
         flip: probability of a horizontal flip.
         jitter: probability of the colour jitter.
