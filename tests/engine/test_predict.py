@@ -1,0 +1,147 @@
+"""Prediction on files of any kind: pictures, JSON, boxes in the source's pixels, and bad files told in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tests.engine.toys import toy_recipe, toy_samples
+
+from torchive.engine.predict import _to_source, predict, run_lengths
+from torchive.engine.recipe import RecipeError
+from torchive.engine.run import open_run
+from torchive.engine.train import train
+from torchive.report.draw import draw_boxes, draw_class, draw_prediction, draw_regions, draw_target, grid
+from torchive.structures import Classification, Detections, Segmentation
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs")
+    for task in ("classification", "detection", "segmentation", "selfsupervised"):
+        train(toy_recipe(task), out / task, samples=toy_samples(task), progress=False)
+    return out
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    Image.fromarray(pixels).resize((320, 240)).save(folder / "sub" / "a.jpg")
+    Image.fromarray(pixels[..., 0]).save(folder / "grey.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.mark.parametrize("task", ["classification", "detection", "segmentation"])
+def test_a_folder_with_good_and_bad_files(task: str, runs: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = predict(runs / task, [str(photos)], out, progress=False)
+    assert sorted(p.relative_to(out).as_posix() for p in found) == ["a.png", "grey.png", "sub/a.jpg"]
+    assert found.exit_status == 2
+    assert [line.partition(": ")[0].rpartition("/")[2] for line in found.errors] == ["broken.png", "empty.jpg"]
+    assert all("\n" not in line for line in found.errors)
+    index = json.loads((out / "predictions.json").read_text())
+    assert len(index["predictions"]) == 3
+    assert index["errors"] == found.errors
+    for path in found:
+        Image.open(path).load()
+        values = json.loads(path.with_suffix(".json").read_text())
+        width, height = values["width"], values["height"]
+        assert values["task"] == task
+        if task == "classification":
+            assert values["class"] == max(values["scores"], key=values["scores"].get)
+            assert sum(values["scores"].values()) == pytest.approx(1, abs=1e-4)
+        elif task == "detection":
+            (x0, y0, x1, y1) = values["objects"][0]["box"]
+            assert 0 <= x0 <= x1 <= width
+            assert 0 <= y0 <= y1 <= height
+        else:
+            mask = np.array(Image.open(out / values["mask"]))
+            assert mask.shape == (height, width)
+            assert values["shares"]["bright"] == pytest.approx((mask == 1).mean(), abs=1e-5)
+
+
+def test_files_globs_and_what_is_not_there(runs: Path, photos: Path, tmp_path: Path) -> None:
+    sources = [str(photos / "a.png"), str(photos / "**" / "a.*"), str(photos / "*.bmp"), "nothing_here.png"]
+    found = predict(runs / "classification", sources, tmp_path / "out", progress=False)
+    assert sorted(p.name for p in found) == ["a-2.png", "a-3.jpg", "a.png"], "results overwrite each other"
+    assert len(found.errors) == 2
+    clean = predict(runs / "classification" / "last.safetensors", sources[:1], tmp_path / "out", progress=False)
+    assert clean.exit_status == 0
+
+
+def test_a_representation_cannot_be_drawn(runs: Path, photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="there is nothing to draw"):
+        predict(runs / "selfsupervised", [str(photos)], tmp_path, progress=False)
+
+
+def test_a_checkpoint_of_a_stopped_run_predicts_as_the_run_does(runs: Path) -> None:
+    one, other = open_run(runs / "selfsupervised"), open_run(runs / "selfsupervised" / "last.safetensors")
+    for a, b in zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_predictions_go_back_to_the_source_pixels() -> None:
+    boxes = torch.tensor([[1.0, 2, 5, 6], [8, 8, 11, 12]])
+    masks = torch.zeros(2, 10, 10, dtype=torch.bool)
+    masks[0, 2:6, 1:5] = True
+    found = _to_source(Detections(boxes, torch.ones(2), torch.ones(2), masks), (10, 10), (20, 30))
+    assert isinstance(found, Detections)
+    assert found.boxes.tolist() == [[3, 4, 15, 12], [24, 16, 30, 20]], "cut to the image"
+    assert found.masks is not None
+    rows, columns = (found.masks[0].any(axis).nonzero().flatten().tolist() for axis in (1, 0))
+    assert rows == list(range(4, 12))
+    assert columns == list(range(3, 15))
+    labels = torch.tensor([[0, 1], [2, 3]])
+    for scores in (None, torch.nn.functional.one_hot(labels, 4).permute(2, 0, 1).float()):
+        back = _to_source(Segmentation(labels, scores), (2, 2), (4, 6))
+        assert isinstance(back, Segmentation)
+        assert back.labels[[0, 0, -1, -1], [0, -1, 0, -1]].tolist() == [0, 1, 2, 3]
+
+
+def test_run_lengths_decode_to_the_mask() -> None:
+    for mask in (torch.rand(7, 5) > 0.5, torch.ones(3, 2), torch.zeros(3, 2)):
+        coded = run_lengths(mask)
+        line = np.repeat(np.arange(len(coded["counts"])) % 2, coded["counts"])
+        assert torch.equal(torch.from_numpy(line.reshape(coded["size"], order="F") == 1), mask.bool())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_drawing_shows_what_is_there(channels: int) -> None:
+    image = torch.full((channels, 100, 200), 0.5)
+    kept = image.clone()
+    plain = draw_target(image, None, ("a",))
+    assert plain.shape == (3, 128, 256)
+    classes = ("cat", "a very long name that does not fit below a small picture at all")
+    named = draw_class(image, Classification(torch.tensor([0.2, 0.8])), classes, target=0)
+    assert named.shape[1] > 128
+    box = torch.tensor([[20.0, 10, 120, 90]])
+    boxed = draw_boxes(image, box, torch.tensor([1]), ("cat", "dog"), scores=torch.tensor([0.7]), smallest=1)
+    assert not torch.equal(boxed[:, 50, 20], boxed[:, 50, 60]), "no edge at the box's left side"
+    labels = torch.zeros(100, 200, dtype=torch.int64)
+    labels[:, :100] = 1
+    tinted = draw_regions(image, labels, ("none", "some"), smallest=1)
+    assert torch.equal(tinted[:, 50, 150], plain[:, 50, 150])
+    assert not torch.equal(tinted[:, 50, 50], plain[:, 50, 50])
+    weak = Detections(box, torch.tensor([1]), torch.tensor([0.1]))
+    assert torch.equal(
+        draw_prediction(image, weak, ("cat",), smallest=1)[:, :100], plain[:, :1, :1].expand(3, 100, 200)
+    )
+    assert torch.equal(image, kept)
+
+
+def test_a_grid_holds_all_its_pictures() -> None:
+    cells = [torch.full((3, 10 + i, 20), i, dtype=torch.uint8) for i in range(5)]
+    sheet = grid(cells, columns=2)
+    assert all(int((sheet == i).all(0).sum()) == (10 + i) * 20 for i in range(5))
+    with pytest.raises(ValueError, match="at least one picture"):
+        grid([])
