@@ -3,6 +3,7 @@
 from torchive.nn.classifier import Classifier
 from torchive.nn.cosine_classifier import CosineClassifier
 from torchive.nn.network import build_features, build_network
+from torchive.nn.plain import PlainNetwork
 from torchive.nn.segmenter import Segmenter
 
-__all__ = ["Classifier", "CosineClassifier", "Segmenter", "build_features", "build_network"]
+__all__ = ["Classifier", "CosineClassifier", "PlainNetwork", "Segmenter", "build_features", "build_network"]
