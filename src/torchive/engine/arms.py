@@ -86,37 +86,70 @@ def make_arms(
     if card.state != "built":
         raise ComparisonError(f"{card.name} is planned, not built, so it cannot be compared")
     plan = card.comparison
+    own = _own(card) if method_overrides is None else method_overrides
     name = recipe or plan.get("recipe") or (DEFAULT_RECIPE if card.contract == "block" else None)
     if name is None:
         raise ComparisonError(f"the card of {card.name} names no recipe; say which, with recipe= or --recipe")
     words = [f"data.source={data or plan['data']}"] if data or plan.get("data") else []
     shared = load_recipe(str(name), [*words, *overrides])
-    own = _own(card) if method_overrides is None else method_overrides
     if isinstance(baseline, str):
         other = get_card(baseline)
-        changes, title = _own(other), other.title
+        changes, title = _own(other), short_title(other)
     else:
         changes = plan.get("baseline", {}) if baseline is None else baseline
         title = str(plan.get("against", "")) if baseline is None else ""
     first, second = with_changes(shared, changes), with_changes(shared, own)
-    return Arm("baseline", title or _title(first, second), first), Arm("method", card.title, second)
+    return Arm("baseline", title or _title(first, second), first), Arm("method", short_title(card), second)
 
 
 def _own(card: Card) -> Overrides:
-    """What a card's comparison adds to the recipe for its method."""
-    if "method" in card.comparison:
-        return dict(card.comparison["method"])
+    """What a card's comparison adds to the recipe for its method; the recipe as it is where only a baseline is named."""
+    plan = card.comparison
+    if "method" in plan:
+        return dict(plan["method"])
     if card.contract == "block":
         return {"convert": [{"method": card.name}]}
-    raise ComparisonError(f"the card of {card.name} does not say what its arm of a comparison is")
+    if card.contract == "loss":
+        return {"model": {"init_args": {"loss": {"class_path": card.class_path.replace(":", ".")}}}}
+    if "baseline" in plan:
+        return {}
+    other = f"; it is measured by `{plan['command']}`" if "command" in plan else ""
+    raise ComparisonError(f"the card of {card.name} does not say what its arm of a comparison is{other}")
+
+
+def short_title(card: Card) -> str:
+    """The method's own name where its title, aliases or class hold it, else the title before its colon."""
+    title = card.title.partition(":")[0].strip()
+    named = (
+        text
+        for text in (title, *card.aliases, card.class_name)
+        if _bare(text) == _bare(card.name) and text != text.lower()
+    )
+    return str(card.comparison.get("title") or next(named, title))
+
+
+def _bare(text: str) -> str:
+    return "".join(letter for letter in text.lower() if letter.isalnum())
 
 
 def _title(baseline: Recipe, method: Recipe) -> str:
-    if baseline.to_dict() == method.to_dict():
+    """What the baseline is, from what it does otherwise."""
+    first, second = _leaves(baseline.to_dict()), _leaves(method.to_dict())
+    keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    if not keys:
         return "itself"
-    if baseline.model.class_path != method.model.class_path:
+    if "model.class_path" in keys:
         return baseline.model.class_path.rpartition(".")[2]
-    return "the same network without it"
+    if all(key.startswith(("convert", "model.init_args.loss")) for key in keys):
+        return "the same network without it"
+    return ", ".join(f"{key.rpartition('.')[2]} = {first[key]}" for key in keys if key in first) or "the plain recipe"
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result.update(_leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return result
 
 
 def with_changes(recipe: Recipe, changes: Overrides) -> Recipe:

@@ -162,7 +162,7 @@ def _found(prediction: Any, target: dict[str, Tensor]) -> tuple[int, int, int]:
 
 
 def _boxes(boxes: Tensor) -> list[list[float]]:
-    return [[round(float(v), 1) for v in box] for box in boxes]
+    return [[round(float(v), 1) for v in box] for box in boxes[:100]]
 
 
 def _picture(samples: SampleSet, index: int, recipe: Recipe) -> tuple[str, int, int]:

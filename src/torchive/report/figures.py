@@ -128,7 +128,7 @@ def curves_figure(
     for tick in ticks:
         drawing.line(left, y_axis(tick), width - right, y_axis(tick), "grid")
         drawing.text(left - 8, y_axis(tick) + 4, tick_text(tick, step), "tick num", "end")
-    for tick, text in (at or {t: f"{t:,g}" for t in x_axis.ticks()}).items():
+    for tick, text in (at or {t: f"{t:,.0f}" for t in x_axis.ticks() if t == round(t)}).items():
         drawing.text(x_axis(warp(tick)), bottom + 17, text, "tick", "middle")
     drawing.text(width - right, bottom + 34, x_label, "tick", "end")
     for arm, curves in prepared.items():

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from torchive.report import figures
 from torchive.report.summary import ARMS, CostRow, MetricSummary, Record, Summary, summarise
-from torchive.report.units import duration, ratio, unit_of
+from torchive.report.units import capitalised, duration, ratio, unit_of
 
 RECORDS = "comparison.json"
 REPORT = "report.html"
@@ -113,7 +113,7 @@ def environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
+    environment.filters["capitalised"] = capitalised
     return environment
 
 
@@ -128,7 +128,7 @@ def _numbers(summary: Summary) -> list[dict[str, str]]:
         first["note"] = f"{100 * metric.estimate.level:g} % interval {low} to {high}"
     numbers = [
         first,
-        {"label": f"{unit.label[:1].upper()}{unit.label[1:]}", "value": show[1], "note": f"baseline {show[0]}"},
+        {"label": capitalised(unit.label), "value": show[1], "note": f"baseline {show[0]}"},
     ]
     by_key = {row.key: row for row in summary.costs}
     for key, label in (("latency_1_ms", "Latency, batch 1"), ("parameters", "Parameters")):
@@ -165,7 +165,7 @@ def number_rows(metric: MetricSummary) -> dict[str, Any]:
     if not metric.decides and word == "cannot tell":
         word = "unclear"
     return {
-        "label": unit.label[:1].upper() + unit.label[1:],
+        "label": capitalised(unit.label),
         "baseline": unit.value(_mean(metric.baseline), digits),
         "method": unit.value(_mean(metric.method), digits),
         "difference": unit.difference(_mean(metric.differences), digits),

@@ -87,12 +87,13 @@ class Rule:
     @property
     def text(self) -> str:
         """The rule in words."""
+        name = self.metric.replace("_", " ")
         kind = "a t interval" if self.pairs < BOOTSTRAP_FROM else "a studentised bootstrap"
         edge = f"{self.margin:g}" if self.margin else "zero"
         sign = "-" if self.margin else ""
         up, down = ("better", "worse") if self.higher_is_better else ("worse", "better")
         return (
-            f"The method is {up} if the {100 * self.level:g} % interval of the mean paired difference in {self.metric} "
+            f"The method is {up} if the {100 * self.level:g} % interval of the mean paired difference in {name} "
             f"({self.pairs} seeds, {kind}) lies wholly above {edge}, {down} if wholly below {sign}{edge}; identical if "
             "every difference is zero; otherwise we cannot tell."
         )

@@ -72,6 +72,11 @@ def unit_of(metric: str) -> Unit:
     return Unit(metric, label, 100.0 if share else 1.0, "points" if share else "", not lower)
 
 
+def capitalised(label: str) -> str:
+    """A label at the start of a line; words such as mAP stay as they are."""
+    return label[:1].upper() + label[1:] if label.partition(" ")[0].islower() else label
+
+
 def signed(value: float, digits: int) -> str:
     """A number with + or a true minus sign; zero has none."""
     text = f"{abs(value):.{digits}f}"
