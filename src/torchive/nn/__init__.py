@@ -1,9 +1,17 @@
 """Parts without a paper of their own that two or more methods use."""
 
 from torchive.nn.classifier import Classifier
-from torchive.nn.cosine_classifier import CosineClassifier
+from torchive.nn.cosine_classifier import CosineClassifier, CosineNetwork
 from torchive.nn.network import build_features, build_network
 from torchive.nn.plain import PlainNetwork
 from torchive.nn.segmenter import Segmenter
 
-__all__ = ["Classifier", "CosineClassifier", "PlainNetwork", "Segmenter", "build_features", "build_network"]
+__all__ = [
+    "Classifier",
+    "CosineClassifier",
+    "CosineNetwork",
+    "PlainNetwork",
+    "Segmenter",
+    "build_features",
+    "build_network",
+]

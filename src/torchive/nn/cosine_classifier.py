@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchive.nn.network import build_network
+
 
 class CosineClassifier(nn.Module):
     """(N, D) features to (N, K) cosines with K learnt class vectors, in float32 or better.
@@ -31,3 +33,34 @@ class CosineClassifier(nn.Module):
         kind = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(F.normalize(x.to(kind), dim=1), F.normalize(self.weight.to(kind), dim=1))  # (N, K)
+
+
+class CosineNetwork(nn.Module):
+    """An image network whose outputs are cosines to class vectors: (N, C, H, W) to (N, K).
+
+    Args:
+        network: ``timm/NAME`` or ``torchvision/NAME``, built with ``features`` outputs; or a module that gives (N, D).
+        features: D, the length of the embedding.
+        num_classes: K.
+        in_channels: C; not used where ``network`` is a module.
+
+    Raises:
+        ValueError: the network's name is unknown, or a number is below one.
+    """
+
+    def __init__(
+        self,
+        network: str | nn.Module = "timm/resnet10t",
+        *,
+        features: int = 64,
+        num_classes: int = 10,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if isinstance(network, str):
+            network = build_network(network, num_classes=features, in_channels=in_channels)
+        self.network = network
+        self.head = CosineClassifier(features, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.network(x))  # (N, K)
