@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tests.engine.toys import ToyContrast, ToySet, toy_recipe, toy_samples, train_toy
 from torch import nn
 
+from torchive.data import collate
 from torchive.engine.build import build_model, build_optimizer, build_trainable, fill_recipe
 from torchive.engine.checkpoint import load_checkpoint
 from torchive.engine.loop import Loop, TrainingError
@@ -25,7 +26,7 @@ from torchive.engine.processes import start_processes
 from torchive.engine.recipe import RecipeError, ScheduleSpec
 from torchive.engine.run import load_run
 from torchive.engine.train import train
-from torchive.structures import Batch
+from torchive.structures import Batch, Sample
 
 ROOT = Path(__file__).parents[2]
 KINDS = [
@@ -161,6 +162,38 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_samples(tmp_path:
     assert not (tmp_path / "last.safetensors").exists(), "weights were kept after the fault"
 
 
+def test_on_a_device_the_loss_is_looked_at_one_step_later_but_before_anything_is_kept(tmp_path: Path) -> None:
+    recipe = fill_recipe(
+        toy_recipe().override(["model={class_path: tests.engine.toys.Bursting}"]), ToySet("classification")
+    )
+    samples = ToySet("classification")
+    batches = [collate([_float(samples[i]) for i in range(8 * k, 8 * k + 8)]) for k in range(6)]
+
+    class Fixed:
+        def __len__(self) -> int:
+            return 6
+
+        def epoch(self, epoch: int, start: int = 0) -> Any:
+            return iter(batches[start:])
+
+    for asked in (False, True):
+        loop = Loop(recipe, build_model(recipe), Fixed(), start_processes(recipe), tmp_path)  # type: ignore[arg-type]
+        loop.lazy = True
+        steps = loop.steps()
+        for _ in range(4):  # the fourth loss is infinite, and nobody has looked yet
+            next(steps)
+        with pytest.raises(TrainingError, match=f"step 3 is not finite; samples {', '.join(batches[3].ids)}"):
+            loop.settle() if asked else next(steps)
+
+
+def test_views_of_a_procedure_take_their_options_from_the_recipe(tmp_path: Path) -> None:
+    samples = toy_samples("selfsupervised")
+    for name, noise in (("a", 0.05), ("b", 0.5)):
+        recipe = toy_recipe("selfsupervised", data={"views": {"noise": noise}})
+        train(recipe, tmp_path / name, samples=samples, progress=False)
+    assert not _same(tmp_path / "a", tmp_path / "b")
+
+
 def test_after_step_is_called_once_a_step(tmp_path: Path) -> None:
     train(toy_recipe("selfsupervised"), tmp_path, samples=toy_samples("selfsupervised"), progress=False)
     assert load_file(tmp_path / "last.safetensors")["model.steps"].item() == 12
@@ -232,6 +265,10 @@ def _wait_for(path: Path, process: Any) -> None:
     limit = time.monotonic() + 120
     while not path.exists() and process.is_alive() and time.monotonic() < limit:
         time.sleep(0.005)
+
+
+def _float(sample: Sample) -> Sample:
+    return Sample(sample.image.float() / 255, sample.target, sample.id)
 
 
 def _end(process: Any) -> int | None:

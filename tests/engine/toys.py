@@ -159,8 +159,8 @@ class ToyContrast(nn.Module):
         self.encoder = TinyNet(num_classes=8, in_channels=in_channels)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    def views(self, image_size: int | None) -> TwoViews:
-        return TwoViews()
+    def views(self, image_size: int | None, *, noise: float = 0.05) -> TwoViews:
+        return TwoViews(noise)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         n = len(batch)
@@ -178,10 +178,13 @@ class ToyContrast(nn.Module):
 class TwoViews:
     """(C, 24, 24) to two crops (2, C, 16, 16) with noise."""
 
+    def __init__(self, noise: float) -> None:
+        self.noise = noise
+
     def __call__(self, image: Tensor) -> Tensor:
         corners = torch.randint(0, image.shape[-1] - 15, (2, 2)).tolist()
         parts = [image[:, y : y + 16, x : x + 16] for y, x in corners]
-        return torch.stack([(p + 0.05 * torch.randn_like(p)).clamp(0, 1) for p in parts])
+        return torch.stack([(p + self.noise * torch.randn_like(p)).clamp(0, 1) for p in parts])
 
 
 class ToyGame(nn.Module):

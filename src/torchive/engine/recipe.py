@@ -38,6 +38,7 @@ class DataSpec:
 
     ``batch_size`` counts the samples of one optimiser step over all processes. ``channels`` 1 or 3 turns colour into
     grey or grey into colour; None leaves the images as they are. ``fraction`` keeps that share of the training samples.
+    ``views`` are options of the procedure's own views, where it makes such.
     """
 
     source: str = "solar"
@@ -48,6 +49,7 @@ class DataSpec:
     channels: int | None = None
     skip_faulty: bool = False
     fraction: float = 1.0
+    views: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ class _Training:
         world = self.accelerator.num_processes
         augment: Any = data.augment
         if self.recipe.task == "selfsupervised" and augment == "default" and hasattr(model, "views"):
-            augment = model.views(data.image_size)  # type: ignore[operator]
+            augment = model.views(data.image_size, **data.views)  # type: ignore[operator]
         transform = build(
             self.recipe.task, image_size=data.image_size, train=True, channels=data.channels, augment=augment
         )
