@@ -1,11 +1,11 @@
-"""SimCLR's findings on a small scale: head, augmentation, temperature, loss, local norms, and contrast against reconstruction.
+"""SimCLR's findings on a small scale: head, views, temperature, loss, local norms, contrast against reconstruction.
 
     python benchmarks/simclr_ablation.py [--quick] [--parts head views ...] [--seeds 3] [--source fashion-mnist]
 
-A small encoder is trained without labels; then 20 neighbours and the linear evaluation are scored on its features of new
-images. Every arm of a seed starts from the same encoder and sees the same images. To make it cheap, eight views of each
-image are drawn once for each setting of the augmentation, and pairs are taken from these. Adam at 1e-3 with a cosine, since
-LARS is made for batches of thousands. Printed are means over seeds with their 95 % t-interval.
+A small encoder is trained without labels; then 20 neighbours and the linear evaluation are scored on its features of
+new images. Every arm of a seed starts from the same encoder and sees the same images. To make it cheap, eight views of
+each image are drawn once for each setting of the augmentation, and pairs are taken from these. Adam at 1e-3 with a
+cosine, since LARS is made for batches of thousands. Printed are means over seeds with their 95 % t-interval.
 
 Parts: ``head`` (none, linear, mlp) · ``views`` (crop alone, colour alone, both) · ``temperature`` · ``loss`` (NT-Xent,
 logistic, triplet, with and without semi-hard negatives) · ``reconstruction`` (denoising, hidden patches, no training) ·
