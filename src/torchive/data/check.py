@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from torchive.data.cache import cache_dir, write_atomic
-from torchive.data.faults import CheckReport, DataError, Fault
+from torchive.data.faults import CheckReport, DataError, Fault, printable
 from torchive.data.fetching import load_sample_set, sample_set_info
 from torchive.data.images import ImageFault, image_size, read_image, read_mask
 from torchive.data.readers import Index, Objects, Record, parse_source, read_index
@@ -63,14 +63,14 @@ def check_index(source: str, index: Index, *, fresh: bool = False) -> list[Fault
         warnings.simplefilter("ignore")
         for found in pool.map(lambda record: list(_check_record(record, index)), index.records):
             faults.extend(found)
-    faults.extend(_empty_classes(index))
+    faults.extend(_empty_classes(source, index))
     with suppress(OSError, DataError):  # a cache that cannot be written costs time, not truth
         write_atomic(kept, json.dumps([asdict(fault) for fault in faults]).encode())
     return faults
 
 
 def _key(source: str, index: Index) -> str:
-    digest = hashlib.blake2b(f"{_VERSION} {source} {index.task} {index.classes}".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{_VERSION} {printable(source)} {index.task} {index.classes!a}".encode(), digest_size=16)
     paths = {path.absolute() for path in index.files}
     for record in index.records:
         paths.add(record.image.absolute())
@@ -79,9 +79,10 @@ def _key(source: str, index: Index) -> str:
     for path in sorted(paths):
         try:
             info = path.stat()
-            digest.update(f"{path} {info.st_size} {info.st_mtime_ns}\n".encode())
-        except OSError:
-            digest.update(f"{path} missing\n".encode())
+            state = f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns}"
+        except (OSError, ValueError):
+            state = "missing"
+        digest.update(f"{printable(str(path))} {state}\n".encode())
     for fault in index.faults:
         digest.update(f"{fault}\n".encode())
     return digest.hexdigest()
@@ -169,7 +170,7 @@ def _box_fault(box: tuple[float, float, float, float], size: tuple[int, int] | N
     return "", ""
 
 
-def _empty_classes(index: Index) -> Iterator[Fault]:
+def _empty_classes(source: str, index: Index) -> Iterator[Fault]:
     """A class that no sample has, where a class list or a folder promises it. Masks are not counted: a rare class may
     well be absent."""
     if index.task == "segmentation":
@@ -180,7 +181,7 @@ def _empty_classes(index: Index) -> Iterator[Fault]:
             counts.update(label - 1 for label in record.target.labels)
         elif isinstance(record.target, int):
             counts[record.target] += 1
-    where = index.files[-1] if index.files else Path(index.records[0].file).parent.parent if index.records else "data"
+    where = index.files[-1] if index.files else Path(index.records[0].file).parent.parent if index.records else source
     for number, name in enumerate(index.classes):
         if not counts[number]:
             yield Fault(str(where), None, "empty-class", f"the class {name!r} has no sample")

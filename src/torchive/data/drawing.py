@@ -13,7 +13,7 @@ import torch
 
 def key_seed(*key: object) -> int:
     """A 63-bit seed from a key of numbers and strings, the same on every machine."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

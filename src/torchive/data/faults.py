@@ -28,6 +28,11 @@ class DataError(ValueError):
     """The user's data cannot be used as they are: one clear line with file and reason."""
 
 
+def printable(text: str) -> str:
+    """One line that any terminal takes: line breaks, control characters and broken Unicode of file names escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclass(frozen=True)
 class Fault:
     """One fault. ``line`` counts from 1, None where a line says nothing; ``sample`` is an id, None where the set is
@@ -42,7 +47,7 @@ class Fault:
 
     def __str__(self) -> str:
         where = self.file if self.line is None else f"{self.file}:{self.line}"
-        return f"{where}: {self.kind}: {self.message}"
+        return printable(f"{where}: {self.kind}: {self.message}")
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,7 @@ def file_samples(
     faulty = {fault.sample for fault in faults}
     kept = [record for record in records if record.id not in faulty]
     if not kept:
-        reason = f"{len(records)} are faulty, the first: {faults[0]}" if faults else "the split is empty"
+        few = f"{len(index.records)} samples are too few to cut train, val and test out of them"
+        reason = f"{len(records)} are faulty, the first: {faults[0]}" if records else few
         raise DataError(f"{source}: no sample is left for {split}: {reason}")
     return FileSamples(source, index, kept, faults)

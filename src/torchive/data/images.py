@@ -101,12 +101,18 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 def _head(path: Path) -> bytes:
     try:
+        if not path.is_dir() and path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise ImageFault(path, "unreadable", "a pipe or a device, not a file")
         with path.open("rb") as file:
             head = file.read(16)
     except FileNotFoundError as error:
         raise ImageFault(path, "missing", "no such file") from error
     except OSError as error:
         raise ImageFault(path, "unreadable", f"{error.strerror}") from error
+    except ValueError as error:
+        if isinstance(error, ImageFault):
+            raise
+        raise ImageFault(path, "missing", f"not a file's name: {error}") from error
     if not head:
         raise ImageFault(path, "zero-byte", "the file is empty")
     return head

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -124,11 +125,20 @@ class Loader:
             self.waited += time.perf_counter() - start
             if batch is None:
                 return
+            if isinstance(batch, _Failed):
+                raise DataError(batch.reason)
             yield batch
 
     def close(self) -> None:
         """End the worker processes."""
         self._loader = None
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """What a batch's place holds where the data are at fault."""
+
+    reason: str
 
 
 class _Plan:
@@ -154,11 +164,14 @@ class _Source(Dataset[Any]):
         self.finish = getattr(transform, "finish", transform) if self.prepare else transform
         self.memory: SampleMemory | None = None
         if self.prepare and memory > 0:
-            self.memory = SampleMemory(samples.ids, self.prepare(samples[0]), memory, workers)
+            self.memory = SampleMemory(samples.ids, _prepared(samples, self.prepare, 0), memory, workers)
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
-        with kept_generators():
-            return collate([self._one(epoch, index) for epoch, index in keys])
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch | _Failed:
+        try:
+            with kept_generators():
+                return collate([self._one(epoch, index) for epoch, index in keys])
+        except DataError as error:  # a worker would wrap it in its traceback
+            return _Failed(str(error))
 
     def _one(self, epoch: int, index: int) -> Sample:
         sample = self._prepared(index)
@@ -173,10 +186,19 @@ class _Source(Dataset[Any]):
             return self.samples[index]
         sample = self.memory.get(index) if self.memory else None
         if sample is None:
-            sample = self.prepare(self.samples[index])
+            sample = _prepared(self.samples, self.prepare, index)
             if self.memory:
                 self.memory.put(index, sample)
         return sample
+
+
+def _prepared(samples: SampleSet, prepare: Transform, index: int) -> Sample:
+    """A sample, prepared; DataError names it where that is refused."""
+    sample = samples[index]
+    try:
+        return prepare(sample)
+    except ValueError as error:
+        raise DataError(f"{samples.name}: {sample.id}: {error}") from error
 
 
 def _same(batch: Any) -> Any:

@@ -85,7 +85,7 @@ class SampleSetInfo:
 
 def unit(identity: str, seed: int = 0) -> float:
     """A number in [0, 1) that depends on the id and the seed alone, the same on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{identity}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{identity}".encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 

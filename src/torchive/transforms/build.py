@@ -25,6 +25,7 @@ _COLOUR = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _GREY = ((0.449,), (0.226,))
 _MARGIN = 1.125  # a random crop is cut from an image this much larger
 _VIEW_MARGIN = 1.5  # and views from one this much larger
+_MOST = 89_478_485  # pixels after resizing, as many as are read from a file
 
 Augment = str | Sequence[Any] | Callable[[Tensor], Tensor]
 
@@ -150,6 +151,11 @@ class Pipeline:
         else:
             scale = self.larger / min(height, width)
             size = max(round(height * scale), self.larger), max(round(width * scale), self.larger)
+            if size[0] * size[1] > _MOST:
+                raise ValueError(
+                    f"an image of {width} x {height} would become {size[1]} x {size[0]} pixels, more than {_MOST}; "
+                    "cut such a strip into parts"
+                )
         if size != (height, width):
             image = F.resize_image(image, list(size), antialias=True)
         return Sample(image, target, sample.id)

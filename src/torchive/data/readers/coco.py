@@ -27,7 +27,8 @@ def read_coco(annotations: Path, images: Path) -> Index:
     entries: dict[Any, dict[str, Any]] = {}
     objects: dict[Any, list[tuple[Any, ...]]] = {}
     for position, entry in enumerate(content["images"]):
-        if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or "id" not in entry:
+        named = isinstance(entry, dict) and isinstance(entry.get("file_name"), str)
+        if not named or not isinstance(entry.get("id"), int | str):
             index.fault(annotations, None, "broken", f"images[{position}] lacks id or file_name")
         elif entry["id"] in entries:
             index.fault(annotations, None, "duplicate", f"images[{position}] has the id {entry['id']} of another image")
@@ -61,6 +62,11 @@ def _content(file: Path, index: Index) -> dict[str, Any] | None:
         return None
     except RecursionError:
         index.fault(file, None, "broken", "not valid JSON: nested too deeply")
+        return None
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        index.fault(file, None, "broken", f"not valid JSON: {str(error).split(';')[0]}")
         return None
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
@@ -98,21 +104,21 @@ def _object(
         return None
     ids.add(str(entry.get("id", name)))
     box = entry.get("bbox")
-    if (
-        not isinstance(box, list)
-        or len(box) != 4
-        or not all(isinstance(v, int | float) and np.isfinite(v) for v in box)
-    ):
-        index.fault(file, None, "broken", f"{name}: bbox must be four numbers, got {box!r}", sample)
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        index.fault(file, None, "broken", f"{name}: bbox must be four numbers, got {repr(box)[:80]}", sample)
         return None
-    label = number.get(entry.get("category_id", None))  # type: ignore[arg-type]
+    category = entry.get("category_id")
+    label = number.get(category) if isinstance(category, int) else None
     if label is None:
-        message = f"{name}: category_id {entry.get('category_id')} is not among the categories"
+        message = f"{name}: category_id {category} is not among the categories"
         index.fault(file, None, "label", message, sample)
         return None
+    crowd = entry.get("iscrowd", 0)
+    if crowd not in (0, 1):  # a text "0" would count as true, and hide the object
+        index.fault(file, None, "broken", f"{name}: iscrowd must be 0 or 1, got {crowd!r}", sample)
+        return None
     x, y, width, height = map(float, box)
-    crowd = bool(entry.get("iscrowd", 0))
-    return entry["image_id"], (x, y, x + width, y + height), label, crowd, entry.get("segmentation") or None, name
+    return entry["image_id"], (x, y, x + width, y + height), label, bool(crowd), entry.get("segmentation") or None, name
 
 
 def decode_shape(shape: Any, size: tuple[int, int]) -> np.ndarray[Any, Any]:
@@ -137,10 +143,18 @@ def decode_shape(shape: Any, size: tuple[int, int]) -> np.ndarray[Any, Any]:
     polygons = shape if isinstance(shape, list) else []
     if not polygons or not all(_is_polygon(part) for part in polygons):
         raise DataError("a polygon needs at least three points of two finite numbers")
+    reach = max(height, width)  # the decoder walks along each side, however long it is
+    if not all(-reach <= value <= 2 * reach for part in polygons for value in part):
+        raise DataError(f"a polygon reaches far outside the image of {width} x {height}")
     return np.asarray(runs.decode(runs.merge(runs.frPyObjects(polygons, height, width))), np.uint8)
 
 
 def _is_polygon(part: Any) -> bool:
     if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
         return False
-    return all(isinstance(value, int | float) and np.isfinite(value) for value in part)
+    return all(map(_is_number, part))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that a picture may have: neither a truth value, nor infinite, nor absurd."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9

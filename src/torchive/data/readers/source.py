@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchive.data.faults import DataError
+from torchive.data.images import is_image
 from torchive.data.readers.coco import read_coco
 from torchive.data.readers.folder import read_folder
 from torchive.data.readers.index import Index
@@ -85,6 +86,8 @@ def _recognise(path: Path) -> Source:
         return Source("voc", (str(path),))
     if any(entry.is_dir() for entry in path.iterdir()):
         return Source("folder", (str(path),))
+    if any(is_image(entry) for entry in path.iterdir()):
+        raise DataError(f"{path}: holds images but no folder for each class, no annotations and no masks")
     raise DataError(f"{path}: not a kind of data that is read; expected {', '.join(_USAGE.values())}")
 
 
