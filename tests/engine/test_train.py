@@ -201,6 +201,20 @@ def test_after_step_is_called_once_a_step(tmp_path: Path) -> None:
     assert type(model) is type(ToyContrast().deployable())
 
 
+def test_half_precision(tmp_path: Path) -> None:
+    samples = toy_samples("classification")
+    for name, precision in (("a", "no"), ("b", "bf16"), ("c", "bf16")):
+        recipe = toy_recipe(train={"precision": precision, "steps": 6})
+        train(recipe, tmp_path / name, samples=samples, progress=False, stop_after=3 if name == "c" else None)
+    train(recipe, tmp_path / "c", samples=samples, progress=False)
+    assert not _same(tmp_path / "a", tmp_path / "b"), "bf16 changed nothing"
+    assert _same(tmp_path / "b", tmp_path / "c"), "bf16 does not resume bit for bit"
+    assert {v.dtype for k, v in load_file(tmp_path / "b" / "model.safetensors").items()} == {torch.float32, torch.int64}
+    train(toy_recipe(), tmp_path / "d", samples=samples, progress=False)  # another precision in the same process
+    with pytest.raises(RecipeError, match=r"train\.precision=fp16"):
+        train(toy_recipe(train={"precision": "fp16", "cpu": True}), tmp_path / "e", samples=samples, progress=False)
+
+
 def test_a_budget_in_seconds(tmp_path: Path) -> None:
     result = train(
         toy_recipe(train={"seconds": 0.5, "steps": 1}),

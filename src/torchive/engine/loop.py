@@ -78,7 +78,10 @@ class Loop:
     def __post_init__(self) -> None:
         self.trainable = Trainable(self.model)
         self.plain = {k: build_optimizer(self.recipe, group) for k, group in self.trainable.groups().items()}
-        self.optimizers = {k: self.accelerator.prepare_optimizer(o) for k, o in self.plain.items()}
+        # Accelerate's optimiser is needed for scaled gradients (fp16) only; it looks for a package on disk at each step
+        self.scaled = self.accelerator.scaler is not None
+        prepare = self.accelerator.prepare_optimizer if self.scaled else (lambda optimizer: optimizer)
+        self.optimizers = {k: prepare(o) for k, o in self.plain.items()}
         self.wrapped = self.accelerator.prepare_model(self.trainable)
         self.device = self.accelerator.device
         self.lazy = self.device.type != "cpu"
@@ -124,7 +127,8 @@ class Loop:
             found = self._gradients(batch, player)
             self._check(found, batch)
             if clip is not None:
-                self.accelerator.unscale_gradients(optimizer)
+                if self.scaled:
+                    self.accelerator.unscale_gradients(optimizer)
                 nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip)
             optimizer.step()
             losses.update(found if player is None else {f"{player}/{k}": v for k, v in found.items()})

@@ -30,6 +30,8 @@ def start_processes(recipe: Recipe, *, unused: bool = False) -> Any:
         )
     except ValueError as error:
         raise RecipeError(f"train.precision={recipe.train.precision}: {error}") from error
+    if recipe.train.precision == "fp16" and accelerator.device.type == "cpu":
+        raise RecipeError("train.precision=fp16 needs a GPU; bf16 also works on a CPU")
     if recipe.data.batch_size % accelerator.num_processes:
         raise RecipeError(
             f"data.batch_size {recipe.data.batch_size} cannot be shared evenly by {accelerator.num_processes} processes"
