@@ -17,7 +17,7 @@ from torchive.catalogue.card import Card
 from torchive.engine.build import build_model
 from torchive.engine.conversion import Followed
 from torchive.engine.recipe import Recipe, RecipeError, load_recipe, resolve_recipe
-from torchive.engine.resolve import apply_overrides
+from torchive.engine.resolve import apply_overrides, source_override
 
 ARMS = ("baseline", "method")
 #: The recipe of a part whose card names none.
@@ -90,7 +90,7 @@ def make_arms(
     name = recipe or plan.get("recipe") or (DEFAULT_RECIPE if card.contract == "block" else None)
     if name is None:
         raise ComparisonError(f"the card of {card.name} names no recipe; say which, with recipe= or --recipe")
-    words = [f"data.source={data or plan['data']}"] if data or plan.get("data") else []
+    words = [source_override(data or plan["data"])] if data or plan.get("data") else []
     shared = load_recipe(str(name), [*words, *overrides])
     if isinstance(baseline, str):
         other = get_card(baseline)
@@ -103,7 +103,7 @@ def make_arms(
 
 
 def _own(card: Card) -> Overrides:
-    """What a card's comparison adds to the recipe for its method; the recipe as it is where only a baseline is named."""
+    """What a card adds to the recipe for its method; the recipe as it is where the card names a baseline only."""
     plan = card.comparison
     if "method" in plan:
         return dict(plan["method"])

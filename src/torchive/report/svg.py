@@ -45,7 +45,9 @@ def axis_over(
     """An axis that holds the values with a margin."""
     kept = [*values, *([] if include is None else [include])]
     low, high = min(kept), max(kept)
-    spread = (high - low) or abs(high) or 1.0
+    if low == high:
+        low, high = low - 1, high + 1
+    spread = high - low
     return Axis(low - pad * spread, high + pad * spread, start, end)
 
 
