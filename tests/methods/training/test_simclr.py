@@ -28,6 +28,7 @@ from torchive.methods.training.simclr import (
     uniformity,
     warmup_cosine,
 )
+from torchive.methods.training.simclr.loss import similarities
 from torchive.nn.lars import LARS
 from torchive.structures import Batch
 from torchive.testing.models import SmallNetwork
@@ -45,7 +46,7 @@ def batch_of(inputs: Tensor) -> Batch:
 
 def loops(first: Tensor, second: Tensor, term: Callable[[float, list[float]], float]) -> list[float]:
     """For each of the 2N embeddings a term of its cosine with the positive and its cosines with the negatives."""
-    z = [[float(v) for v in row] for row in torch.cat([first, second])]
+    z = torch.cat([first, second]).tolist()
     n = len(first)
 
     def cosine(i: int, j: int) -> float:
@@ -162,6 +163,8 @@ def test_matches_the_authors_code(parity: Callable[[str], dict[str, Tensor]], re
         value = NTXentLoss(temperature=tau)(z[:6], z[6:])
         value.backward()
         assert z.grad is not None
+        cosine = similarities(z[:6], z[6:]).cosine.detach()
+        gaps[f"logits {tau}"] = float((cosine[:6, 6:] / tau - saved[f"official.logits_ab.{tau}"]).abs().max())
         gaps[f"loss {tau}"] = float((2 * value.detach() - saved[f"official.loss.{tau}"]).abs())
         gaps[f"gradient {tau}"] = float((2 * z.grad - saved[f"official.grad.{tau}"]).abs().max())
         z.grad = None
