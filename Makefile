@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: $(STAMP)   ## compare a method with its baseline on the solar cells; ends with a table and a report
-	$(BIN)/torchive compare dynamic_relu --recipe demo --out runs/demo
+	$(BIN)/torchive compare dynamic_relu --recipe demo --seeds 3 --out runs/demo
 
 test: $(STAMP)   ## lint, types and the tests; under 20 minutes on two cores
 	$(BIN)/ruff check src tests benchmarks

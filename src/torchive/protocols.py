@@ -21,8 +21,8 @@ CONTRACTS = ("block", "backbone", "loss", "system", "two_players", "procedure", 
 class Block(Protocol):
     """A tensor in, a tensor out: NCHW, NCTHW or NLC as the card says.
 
-    A part that replaces a standard layer also has a class method ``from_module(old, *, channels, **options)`` that takes over
-    its shape and, where it makes sense, its weights; an inserted part has ``from_channels(channels, **options)``.
+    A part that replaces a standard layer also has a class method ``from_module(old, *, channels, **options)`` that
+    takes over its shape and, where it makes sense, its weights; an inserted part has ``from_channels(channels, **options)``.
     """
 
     def forward(self, x: Tensor, /) -> Tensor: ...
@@ -56,7 +56,7 @@ class Loss(Protocol):
 
 @runtime_checkable
 class System(Protocol):
-    """A complete model in three verbs: ``forward`` to raw outputs (exportable), ``losses`` to train, ``predict`` to use.
+    """A complete model in three verbs: ``forward`` to raw outputs (exportable), ``losses``, and ``predict``.
 
     ``task`` names the batch's type: classification, detection, segmentation.
     """
@@ -83,8 +83,8 @@ class TwoPlayers(Protocol):
 class Procedure(Protocol):
     """Training around a model. ``deployable`` returns the model to keep.
 
-    Optional: ``after_step()``, called after each optimiser step; ``views(image_size, **options)``, the transform that makes
-    the views of one image.
+    Optional: ``after_step()``, called after each optimiser step; ``views(image_size, **options)``, the transform that
+    makes the views of one image.
     """
 
     def losses(self, batch: Batch, /) -> dict[str, Tensor]: ...
@@ -105,4 +105,6 @@ class Search(Protocol):
 class Explanation(Protocol):
     """Maps that say where a model looked: (N, 1, H, W) in input pixels."""
 
-    def explain(self, model: nn.Module, inputs: Tensor, target: int | Tensor | Callable[[Any], Tensor] | None) -> Any: ...
+    def explain(
+        self, model: nn.Module, inputs: Tensor, target: int | Tensor | Callable[[Any], Tensor] | None
+    ) -> Any: ...

@@ -4,8 +4,8 @@ The target of one sample, by task:
 
 - classification: an ``int``, 0 to K - 1;
 - segmentation: an int64 tensor (H, W) of class indices, 255 where a pixel is ignored;
-- detection: a dict with ``boxes`` (L, 4) float32 xyxy in pixels, ``labels`` (L,) int64 from 1 to K (0 is background, as in
-  torchvision), and optionally ``masks`` (L, H, W) uint8, ``iscrowd`` (L,) and ``area`` (L,);
+- detection: a dict with ``boxes`` (L, 4) float32 xyxy in pixels, ``labels`` (L,) int64 from 1 to K (0 is background, as
+  in torchvision), and optionally ``masks`` (L, H, W) uint8, ``iscrowd`` (L,) and ``area`` (L,);
 - self-supervised: ``None``.
 """
 
@@ -25,8 +25,8 @@ Target = Any
 class Sample:
     """One image, its target and the name under which every message speaks of it.
 
-    ``image`` is (C, H, W), uint8 as read or float32 in [0, 1] after the transforms. ``id`` is stable across runs: the file's
-    path relative to the data's root, or the set's own key.
+    ``image`` is (C, H, W), uint8 as read or normalised float32 after the transforms. ``id`` is stable across runs: the
+    file's path relative to the data's root, or the set's own key.
     """
 
     image: Tensor
@@ -38,9 +38,9 @@ class Sample:
 class Batch:
     """What a training step receives.
 
-    ``inputs`` is (N, C, H, W) where all images have one size, (N, V, C, H, W) where a procedure sees V views of each image,
-    else a list of (C, H, W). ``targets`` is a (N,) tensor for classification, (N, H, W) for segmentation, a list of dicts
-    for detection, ``None`` where there are none.
+    ``inputs`` is (N, C, H, W) where all images have one size, (N, V, C, H, W) where a procedure sees V views of each
+    image, else a list of (C, H, W). ``targets`` is a (N,) tensor for classification, (N, H, W) for segmentation, a list
+    of dicts for detection, ``None`` where there are none.
     """
 
     inputs: Any
