@@ -63,7 +63,9 @@ def _train(a: argparse.Namespace) -> int:
 
 
 def _overrides(a: argparse.Namespace) -> list[str]:
-    extra = [f"data.source={a.data}"] if getattr(a, "data", None) else []
+    from torchive.engine.resolve import source_override
+
+    extra = [source_override(a.data)] if getattr(a, "data", None) else []
     if getattr(a, "skip_faulty", False):
         extra.append("data.skip_faulty=true")
     return [*extra, *a.override]
@@ -275,12 +277,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("torchive: stopped", file=sys.stderr)
         return 130
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         if os.environ.get("TORCHIVE_DEBUG"):
             raise
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        print(f"torchive: {' '.join(text.split())}", file=sys.stderr)
+        print(f"torchive: {_line(error)}", file=sys.stderr)
         return 2
+
+
+def _line(error: Exception) -> str:
+    """File and reason in one line that any terminal takes."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def test_overrides_are_typed() -> None:
 
 
 ERRORS = [
-    (["train.stps=3"], r"unknown key 'train\.stps'; did you mean 'steps'\?"),
+    (["train.stps=3"], r"unknown key 'train\.stps'; did you mean 'train\.steps'\?"),
     (["trian.steps=3"], r"unknown key 'trian'; did you mean 'train'\?"),
     (["model.netwrk=a"], r"model\.init_args: unknown key 'netwrk'; did you mean 'network'\?"),
     (["model.class_path=torchive.nn.Clasifier"], r"did you mean torchive\.nn\.Classifier\?"),

@@ -85,6 +85,8 @@ def _instance(spec: Mapping[str, Any], place: str) -> Any:
         for key, value in spec["init_args"].items()
     }
     cls = import_class(spec["class_path"])
+    if not issubclass(cls, nn.Module):  # a recipe may come with a stranger's checkpoint
+        raise RecipeError(f"{place}: {spec['class_path']} is no torch.nn.Module")
     try:
         return cls(**arguments)
     except (TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
+    """Not every file system can; the file itself is on the disk already."""
     if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -103,7 +106,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: truncated or no safetensors file: {error}") from error
     try:
         values = {k: json.loads(v) for k, v in metadata.items() if k not in ("format", "torch")}
-    except ValueError:
+    except (ValueError, RecursionError):
         values = {}
     if metadata.get("format") != FORMAT:
         return Checkpoint({f"model.{k}": v for k, v in tensors.items()})

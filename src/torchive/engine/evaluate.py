@@ -163,10 +163,11 @@ def score_run(
     """As ``evaluate_run``, with the prediction of every sample; ``samples`` may be given instead of ``data``."""
     from torchive.engine.build import open_split
     from torchive.engine.processes import placed, start_processes
+    from torchive.engine.resolve import source_override
     from torchive.engine.run import open_run
 
     loaded = open_run(run)
-    recipe = loaded.recipe if data is None else loaded.recipe.override([f"data.source={data}"])
+    recipe = loaded.recipe if data is None else loaded.recipe.override([source_override(data)])
     samples = open_split(recipe, split) if samples is None else samples
     if recipe.task != "selfsupervised" and tuple(samples.classes) != loaded.classes:
         raise RecipeError(

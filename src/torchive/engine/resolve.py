@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -50,6 +51,10 @@ def find_recipe(name: str) -> Path:
     )
     if full is None:
         close = get_close_matches(name, [*known, *by_stem], n=3, cutoff=0.5)
+        if Path(name).exists():
+            raise RecipeError(
+                f"{name} is no recipe; name one first ({', '.join(by_stem)}) and give the data with --data"
+            )
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(known)}"
         raise RecipeError(f"no recipe is called {name!r}; {hint}")
     return RECIPES / f"{full}.yaml"
@@ -85,6 +90,8 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_loader())
     except yaml.YAMLError as error:
         raise ValueError(f"broken YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError("broken YAML: nested too deeply") from error
 
 
 @lru_cache(maxsize=1)
@@ -92,7 +99,10 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few lines of them grow to gigabytes
+                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read; write the value out")
+            return super().compose_node(parent, index)
 
     number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789."))
@@ -126,6 +136,11 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
             place["init_args"] = {k: v for k, v in place["init_args"].items() if k in taken}
         place[last] = value
     return result
+
+
+def source_override(source: str) -> str:
+    """The word that sets ``data.source``, whatever characters a path holds."""
+    return f"data.source={json.dumps(source, ensure_ascii=False)}"
 
 
 def _inside(place: Any, path: str) -> dict[str, Any]:
@@ -171,6 +186,7 @@ def resolve_recipe(given: Mapping[str, Any], where: str = "recipe") -> Recipe:
         ),
     )
     _check_numbers(recipe, where)
+    _check_metric(recipe, where)
     return recipe
 
 
@@ -180,7 +196,11 @@ def _check_keys(values: Any, known: Sequence[str], where: str, prefix: str) -> N
     for key in values:
         if key not in known:
             close = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+            hint = (
+                f"did you mean {prefix.removesuffix('convert: ') + close[0]!r}?"
+                if close
+                else f"there are {', '.join(known)}"
+            )
             raise RecipeError(f"{where}: unknown key {prefix + str(key)!r}; {hint}")
 
 
@@ -298,6 +318,17 @@ def _given(parsed: Any, given: Any) -> Any:
     if isinstance(given, dict) and isinstance(parsed, Mapping):
         return {key: _given(parsed[key], value) if key in parsed else value for key, value in given.items()}
     return list(parsed) if isinstance(parsed, tuple) else parsed
+
+
+def _check_metric(recipe: Recipe, where: str) -> None:
+    """Metrics of one class ("recall/cat") are known only to the data."""
+    from torchive.engine.metrics import METRICS
+
+    known = [name for name, metric in METRICS.items() if metric.task == recipe.task]
+    if recipe.metric is not None and "/" not in recipe.metric and recipe.metric not in known:
+        close = get_close_matches(recipe.metric, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        raise RecipeError(f"{where}: {recipe.task} has no metric {recipe.metric!r}; {hint}")
 
 
 def _check_numbers(recipe: Recipe, where: str) -> None:

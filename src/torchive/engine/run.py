@@ -13,7 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from torchive.data.samples import SampleSet
@@ -56,7 +55,7 @@ class RunFolder:
             if before.fingerprint() != recipe.fingerprint():
                 raise RecipeError(
                     f"{self.path}: holds a run of another recipe (it differs in {_difference(before, recipe)}); "
-                    "choose another folder, or start afresh"
+                    "choose another folder (--out), or start again (--fresh)"
                 )
         write_atomically(known, recipe.to_yaml().encode())
         return self.last.exists()
@@ -85,8 +84,11 @@ class RunFolder:
 
     def record(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Add one line to ``metrics.jsonl``, and the same values to TensorBoard's events."""
-        with open(self.records, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        try:
+            with open(self.records, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"{self.records}: cannot be written: {error.strerror or error}") from error
         try:
             self._write_events(kind, step, values)
         except Exception:  # events are a courtesy; they never end a run
@@ -140,7 +142,7 @@ def environment(samples: Mapping[str, SampleSet], threads: int, device: str) -> 
             "licence": first.licence,
             "origin": first.origin,
             "samples": {split: len(s) for split, s in samples.items()},
-            "left_out": [str(fault) for s in samples.values() for fault in s.left_out],
+            "left_out": list(dict.fromkeys(str(fault) for s in samples.values() for fault in s.left_out)),
         },
     }
 
@@ -231,8 +233,3 @@ def load_run(run: Path) -> tuple[Recipe, nn.Module]:
 def deployable_of(model: nn.Module) -> nn.Module:
     """The model to keep: a procedure's ``deployable()``, else the model itself."""
     return model.deployable() if hasattr(model, "deployable") else model  # type: ignore[operator]
-
-
-def thread_count() -> int:
-    """Threads that one operation of torch uses."""
-    return torch.get_num_threads()

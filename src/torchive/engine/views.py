@@ -81,7 +81,11 @@ def as_task(samples: SampleSet, task: str) -> SampleSet:
         return samples
     if (samples.task, task) == ("detection", "segmentation"):
         return MasksAsClasses(samples)
-    raise RecipeError(f"{samples.name} is a set for {samples.task}; the recipe's task is {task}")
+    from torchive.engine.resolve import recipe_names
+
+    fitting = ", ".join(name.partition("/")[2] for name in recipe_names() if name.startswith(f"{samples.task}/"))
+    hint = f"; recipes for {samples.task}: {fitting}" if fitting else ""
+    raise RecipeError(f"{samples.name} is a set for {samples.task}; the recipe's task is {task}{hint}")
 
 
 def labels_of(samples: SampleSet) -> list[Any]:
