@@ -343,3 +343,9 @@ def test_the_command_repeats_the_comparison(finished: Comparison, recipe: str) -
     assert finished.record["plan"]["command"] == f"torchive compare dynamic_relu --recipe {recipe} --seeds 3"
     words = compare_module._command("x", None, None, [4, 5, 6], None, None, (), None, None, 0.0)
     assert words == "torchive.engine.compare.compare('x', seeds=[4, 5, 6])"
+
+
+def test_several_processes_are_refused(run: Callable[..., Comparison], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ComparisonError, match="one process"):
+        run()

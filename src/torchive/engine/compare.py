@@ -6,6 +6,7 @@ the raw records stand in ``comparison.json``; the report is made from them alone
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -120,6 +121,8 @@ def run_comparison(
     setting: str = "",
 ) -> Comparison:
     """One comparison of two arms; see ``compare``. ``setting`` names the dial's value."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ComparisonError("a comparison runs in one process; start it without torchrun")
     require_same_task(arms)
     samples = {split: open_split(arms[0].recipe, split) for split in SPLITS}
     if not len(samples["test"]):

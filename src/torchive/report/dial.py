@@ -60,9 +60,14 @@ def _sentence(setting: str, points: Sequence[DialPoint]) -> str:
     said: dict[str, list[str]] = {}
     for point in points:
         said.setdefault(point.summary.verdict, []).append(str(point.value))
-    parts = [f"{verdict} at {_listed(values)}" for verdict, values in said.items()]
+    words = {
+        "cannot tell": "we cannot tell",
+        "better": f"{plan['title']} is better",
+        "worse": f"{plan['title']} is worse",
+    }
+    parts = [f"{words.get(verdict, 'the arms are identical')} at {_listed(values)}" for verdict, values in said.items()]
     name = points[0].record["data"]["name"]
-    return f"On the {name} data, by {metric.unit.label}, as {setting} changes, {plan['title']} is {'; '.join(parts)}."
+    return f"On the {name} data, by {metric.unit.label}, as {setting} changes: {'; '.join(parts)}."
 
 
 def _listed(values: Sequence[str]) -> str:
