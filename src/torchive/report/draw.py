@@ -19,6 +19,7 @@ from torchive.structures import Classification, Detections, Prediction
 
 #: Colours that stay apart for colour-blind eyes (Okabe and Ito), then more by the golden angle.
 _FIRST = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
+_MANY = 12
 _PAPER, _INK = (250, 250, 250), (25, 25, 25)
 
 
@@ -104,7 +105,10 @@ def draw_boxes(
     truth: Tensor | None = None,
     smallest: int = 256,
 ) -> Tensor:
-    """Boxes (L, 4) with labels from 1 and scores, masks (L, H, W) as a tint, true boxes as thin white lines."""
+    """Boxes (L, 4) with labels from 1 and scores, masks (L, H, W) as a tint, true boxes as thin white lines.
+
+    A box too small for its name and score gets the name alone, or nothing; of one class, many boxes get no scores.
+    """
     picture, scale = _enlarged(image, smallest)
     if masks is not None and len(masks):
         layers = torch.stack([masks.bool() & (labels == label)[:, None, None] for label in labels.unique()])
@@ -119,12 +123,14 @@ def draw_boxes(
     for index in order:
         box, label = (boxes[index] * scale).tolist(), int(labels[index])
         draw.rectangle(box, outline=colour(label - 1), width=width)
-        words = ([] if len(classes) == 1 else [_name(classes, label - 1)]) + (
-            [] if scores is None else [f"{float(scores[index]):.2f}"]
-        )
-        if words:
-            _tag(draw, box, " ".join(words), colour(label - 1), font)
-    count = f"{len(boxes)} {classes[0] if len(classes) == 1 else 'objects'}"
+        name = [] if len(classes) == 1 else [_name(classes, label - 1)]
+        score = [] if scores is None or (not name and len(boxes) > _MANY) else [f"{float(scores[index]):.2f}"]
+        room = 1.3 * (box[2] - box[0])
+        for words in (" ".join([*name, *score]), "".join(name)):
+            if words and font.getlength(words) <= room:
+                _tag(draw, box, words, colour(label - 1), font)
+                break
+    count = f"{classes[0] if len(classes) == 1 else 'objects'}: {len(boxes)}"
     return _array(_banner(picture, [(count, None)]))
 
 
