@@ -22,7 +22,8 @@ class Block(Protocol):
     """A tensor in, a tensor out: NCHW, NCTHW or NLC as the card says.
 
     A part that replaces a standard layer also has a class method ``from_module(old, *, channels, **options)`` that
-    takes over its shape and, where it makes sense, its weights; an inserted part has ``from_channels(channels, **options)``.
+    takes over its shape and, where it makes sense, its weights. A part that is inserted has
+    ``from_channels(channels, **options)``.
     """
 
     def forward(self, x: Tensor, /) -> Tensor: ...
