@@ -79,7 +79,7 @@ def _classified(baseline: Evaluation, method: Evaluation, samples: SampleSet) ->
                 values[arm] = {
                     "label": samples.classes[found[index]],
                     "right": bool(right[arm][index]),
-                    "score_text": f"{score:.0%}".replace("%", " %"),
+                    "score_text": f"{score:.0%}".replace("%", "\N{NO-BREAK SPACE}%"),
                 }
             chosen.append((index, group, values))
     return {group: int(mask.sum()) for group, mask in members.items()}, chosen
