@@ -44,6 +44,8 @@ def _show(a: argparse.Namespace) -> int:
 def _verdict(a: argparse.Namespace) -> int:
     from torchive.catalogue import verdict
 
+    if a.write:
+        verdict.update_verdicts()
     return _emit(a, verdict.verdict_rows(), verdict.render_verdicts)
 
 
@@ -113,6 +115,7 @@ def _compare(a: argparse.Namespace) -> int:
         seeds=a.seeds,
         budget=a.budget,
         dial=a.dial,
+        margin=a.margin,
         overrides=_overrides(argparse.Namespace(override=a.override, skip_faulty=a.skip_faulty)),
         out=Path(a.out) if a.out else None,
         record=a.record,
@@ -187,6 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     _json(p)
 
     p = verb("verdict", _verdict, "ship, build or watch, computed from the evidence of all measured methods")
+    p.add_argument("--write", action="store_true", help="also write each verdict into its method's evidence")
     _json(p)
 
     p = verb("train", _train, "train a recipe, resuming what was stopped")
@@ -230,6 +234,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, help="paired seeds, at least 3; default 5")
     p.add_argument("--budget", help="per run: '400 steps' or '60 s'")
     p.add_argument("--dial", help="a setting to sweep, such as train.micro_batch=2,4,8,16,32")
+    p.add_argument(
+        "--margin", type=float, default=0.0, help="the smallest difference of interest, in the metric's unit"
+    )
     p.add_argument("--out", help="folder; a stopped comparison continues there")
     p.add_argument("--record", action="store_true", help="add the result to the method's evidence")
     p.add_argument("--skip-faulty", action="store_true", help="leave faulty samples out, and list them")
