@@ -61,7 +61,12 @@ def adjusted_p(values: Sequence[float]) -> list[float]:
 def verdicts(*, folder: Path | None = None) -> list[Verdict]:
     """The verdict of every built method and of every other that was measured, in alphabetical order."""
     records = {name: evidence_of(name, folder=folder) for name in card_names()}
-    measured = [(name, entry) for name, record in records.items() for entry in record.get("measured", [])]
+    measured = [
+        (name, entry)
+        for name, record in records.items()
+        for entry in record.get("measured", [])
+        if "difference" in entry  # a measurement without a paired difference has no verdict to give
+    ]
     corrected = adjusted_p([float(entry["difference"]["p"]) for _, entry in measured])
     by_name: dict[str, list[tuple[Entry, float]]] = {}
     for (name, entry), value in zip(measured, corrected, strict=True):
