@@ -12,11 +12,17 @@ __version__ = "0.1.0"
 
 if not TYPE_CHECKING:
     _VERBS = {
+        "compare": "torchive.engine.compare:compare",
         "convert": "torchive.engine.convert:convert",
         "create_model": "torchive.engine.factory:create_model",
         "create_method": "torchive.engine.factory:create_method",
         "find": "torchive.catalogue.search:find",
         "list_methods": "torchive.catalogue.search:list_methods",
+        "load_recipe": "torchive.engine.recipe:load_recipe",
+        "load_run": "torchive.engine.run:load_run",
+        "open_data": "torchive.data:open_data",
+        "predict": "torchive.engine.predict:predict",
+        "train": "torchive.engine.train:train",
     }
 
     def _paths() -> dict[str, str]:

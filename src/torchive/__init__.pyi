@@ -2,9 +2,15 @@
 
 from torchive.catalogue.search import find as find
 from torchive.catalogue.search import list_methods as list_methods
+from torchive.data import open_data as open_data
+from torchive.engine.compare import compare as compare
 from torchive.engine.convert import convert as convert
 from torchive.engine.factory import create_method as create_method
 from torchive.engine.factory import create_model as create_model
+from torchive.engine.predict import predict as predict
+from torchive.engine.recipe import load_recipe as load_recipe
+from torchive.engine.run import load_run as load_run
+from torchive.engine.train import train as train
 from torchive.methods.blocks.dynamic_relu import DynamicReLU as DynamicReLU
 from torchive.methods.blocks.gcnet import GlobalContext as GlobalContext
 from torchive.methods.blocks.gcnet import NonLocal as NonLocal

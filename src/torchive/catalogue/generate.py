@@ -33,9 +33,15 @@ def stub_text() -> str:
     fixed = [
         "from torchive.catalogue.search import find as find",
         "from torchive.catalogue.search import list_methods as list_methods",
+        "from torchive.data import open_data as open_data",
+        "from torchive.engine.compare import compare as compare",
         "from torchive.engine.convert import convert as convert",
         "from torchive.engine.factory import create_model as create_model",
         "from torchive.engine.factory import create_method as create_method",
+        "from torchive.engine.predict import predict as predict",
+        "from torchive.engine.recipe import load_recipe as load_recipe",
+        "from torchive.engine.run import load_run as load_run",
+        "from torchive.engine.train import train as train",
     ]
     head = '"""Generated from the cards by `make generate`; do not edit."""\n\n'
     return head + "\n".join([*sorted(fixed), *sorted(names)]) + "\n\n__version__: str\n"
