@@ -60,8 +60,14 @@ def _train(a: argparse.Namespace) -> int:
 
     recipe = load_recipe(a.recipe, _overrides(a))
     result = train(recipe, Path(a.out or f"runs/{recipe.name}"), resume=not a.fresh, progress=not a.quiet)
-    print(result)
+    _say(result)
     return 130 if result.interrupted else 0
+
+
+def _say(text: object) -> None:
+    """Print once, also where several processes run the same command."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def _overrides(a: argparse.Namespace) -> list[str]:
@@ -77,10 +83,8 @@ def _evaluate(a: argparse.Namespace) -> int:
     from torchive.engine.evaluate import evaluate_run
 
     metrics = evaluate_run(Path(a.run), data=a.data, split=a.split)
-    if a.json:
-        print(json.dumps(metrics, indent=1))
-    else:
-        print("\n".join(f"{name:<24} {value:.4f}" for name, value in metrics.items()))
+    rows = (f"{name:<24} {value:.4f}" for name, value in metrics.items())
+    _say(json.dumps(metrics, indent=1) if a.json else "\n".join(rows))
     return 0
 
 
