@@ -13,9 +13,10 @@ from torch import nn
 from torchive.engine.build import build_trainable
 from torchive.engine.evaluate import evaluate, evaluate_run, score, score_run
 from torchive.engine.metrics import DECIDES, METRICS, confusion, metrics_of, record_of
-from torchive.engine.probe import knn_accuracy, linear_probe, represent
+from torchive.engine.probe import linear_probe, represent
 from torchive.engine.recipe import RecipeError
 from torchive.engine.train import train
+from torchive.nn.probe import knn_accuracy
 from torchive.structures import Classification, Detections, Segmentation
 
 

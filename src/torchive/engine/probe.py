@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from torchive.data.samples import SampleSet
 from torchive.engine.recipe import Recipe, RecipeError
+from torchive.nn.probe import knn_accuracy
 
 
 def represent(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -17,25 +18,6 @@ def represent(model: nn.Module, inputs: Tensor) -> Tensor:
     if isinstance(features, list | tuple):
         features = features[-1]
     return features.float().flatten(2).mean(2) if features.ndim > 2 else features.float()
-
-
-def knn_accuracy(
-    features: Tensor,
-    labels: Tensor,
-    train_features: Tensor,
-    train_labels: Tensor,
-    *,
-    k: int = 200,
-    temperature: float = 0.1,
-) -> float:
-    """Share of (N, D) features whose k nearest training features vote rightly, weighed by exp(cosine / T)."""
-    k = min(k, len(train_features))
-    similarity = nn.functional.normalize(features, dim=1) @ nn.functional.normalize(train_features, dim=1).T  # (N, M)
-    weight, index = similarity.topk(k, dim=1)
-    classes = int(torch.cat([labels, train_labels]).max()) + 1
-    votes = features.new_zeros(len(features), classes)
-    votes.scatter_add_(1, train_labels[index], (weight / temperature).exp())
-    return float((votes.argmax(1) == labels).double().mean())
 
 
 def linear_probe(
