@@ -71,12 +71,10 @@ def predict(
     device = torch.device("cuda" if torch.cuda.is_available() and not loaded.recipe.train.cpu else "cpu")
     placed(loaded.model, device, channels_last=loaded.recipe.train.channels_last)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    _begin(out, str(run))
     result, entries = Predicted(), []
-    for group in _groups(_found(sources, result, progress), result, progress):
-        with evaluating(loaded.model):
-            found = predict_images(loaded, [image for _, _, image in group])
-        for (path, stem, image), prediction in zip(group, found, strict=True):
+    for group in _groups(_found(sources, out, result, progress), result, progress):
+        for path, stem, image, prediction in _predicted(loaded, group, result, progress):
             values = _written(loaded, path, stem, image, prediction, out, threshold)
             entries.append(values)
             result.append(out / values["picture"])
@@ -84,6 +82,34 @@ def predict(
     index = {"run": str(run), "predictions": entries, "errors": result.errors}
     write_atomically(out / "predictions.json", json.dumps(index, indent=1, ensure_ascii=False).encode())
     return result
+
+
+def _begin(out: Path, run: str) -> None:
+    """The folder of the results. One that holds other files is refused: pictures bear the names of their sources, and
+    would replace them."""
+    listing = out / "predictions.json"
+    if out.is_dir() and not listing.exists() and any(out.iterdir()):
+        raise RecipeError(f"{out}: holds files that no prediction wrote; choose an empty or new folder (--out)")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(listing, json.dumps({"run": run, "predictions": [], "errors": []}).encode())
+
+
+def _predicted(
+    loaded: LoadedRun, group: list[tuple[Path, Path, Tensor]], result: Predicted, progress: bool
+) -> Iterator[tuple[Path, Path, Tensor, Prediction]]:
+    """The group with its predictions; an image that the model refuses is reported and left out."""
+    try:
+        with evaluating(loaded.model):
+            found = predict_images(loaded, [image for _, _, image in group])
+    except ValueError as error:
+        if len(group) == 1:
+            _fail(f"{group[0][0]}: {error}", result, progress)
+            return
+        for one in group:
+            yield from _predicted(loaded, [one], result, progress)
+        return
+    for (path, stem, image), prediction in zip(group, found, strict=True):
+        yield path, stem, image, prediction
 
 
 def predict_images(loaded: LoadedRun, images: Sequence[Tensor]) -> list[Prediction]:
@@ -125,7 +151,7 @@ def _to_source(found: Prediction, size: Sequence[int], source: Sequence[int]) ->
     return Detections((found.boxes * factor).clamp_min(0).minimum(limit), found.labels, found.scores, masks)
 
 
-def _found(sources: Sequence[str], result: Predicted, progress: bool) -> Iterator[tuple[Path, Path]]:
+def _found(sources: Sequence[str], out: Path, result: Predicted, progress: bool) -> Iterator[tuple[Path, Path]]:
     """Each image's file and the name that its results get, without suffix."""
     from torchive.data.images import is_image
 
@@ -133,7 +159,9 @@ def _found(sources: Sequence[str], result: Predicted, progress: bool) -> Iterato
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and is_image(p))
+            files = sorted(
+                p for p in path.rglob("*") if p.is_file() and is_image(p) and out.absolute() not in p.absolute().parents
+            )
             named = [(file, file.relative_to(path).with_suffix("")) for file in files]
         elif path.exists() or not glob.has_magic(str(source)):
             named = [(path, Path(path.stem))]

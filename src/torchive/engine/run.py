@@ -39,17 +39,25 @@ class RunFolder:
         """Prepare the folder; True where a checkpoint of this recipe waits to be continued.
 
         Raises:
-            RecipeError: the folder holds a run of another recipe. CheckpointError: the folder cannot be made.
+            RecipeError: the folder holds a run of another recipe, or files that no run wrote.
+            CheckpointError: the folder cannot be made.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be made: {error.strerror}") from error
-        for stale in self.path.glob(".*.tmp"):
-            stale.unlink(missing_ok=True)
+        known = self.path / "recipe.yaml"
+        own = (self.last, self.best, self.model, self.result, self.records)
+        strange = [path.name for path in own if path.exists() and not known.exists()]
+        if strange:
+            raise RecipeError(
+                f"{self.path}: holds {strange[0]} but no recipe.yaml, so no run wrote it; choose another folder"
+            )
+        for path in (*own, known):
+            for stale in self.path.glob(f".{path.name}.*.tmp"):
+                stale.unlink(missing_ok=True)
         if not resume:
             self._clear()
-        known = self.path / "recipe.yaml"
         if known.exists() and self.last.exists():
             before = resolve_recipe(read_yaml(known), where=str(known))
             if before.fingerprint() != recipe.fingerprint():

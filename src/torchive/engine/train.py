@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ class TrainResult:
     """What a run ended with.
 
     ``metrics`` are those of the validation split at the end, ``seconds`` the time spent in steps, ``waited`` the part
-    of it spent waiting for data (of this process since it started), ``history`` the lines of ``metrics.jsonl``.
+    of it spent waiting for data (of this process since it started), ``history`` the lines of ``metrics.jsonl``,
+    ``left_out`` how many faults the data have whose samples were left out.
     """
 
     metrics: dict[str, float]
@@ -51,13 +53,19 @@ class TrainResult:
     history: list[dict[str, Any]] = field(default_factory=list, repr=False)
     interrupted: bool = False
     waited: float = 0.0
+    left_out: int = 0
 
     def __str__(self) -> str:
         verb = "stopped after" if self.interrupted else "trained"
         head = f"{self.run}: {verb} {self.steps} steps in {self.seconds:.1f} s"
         if self.interrupted:
             return f"{head}; the same command continues"
-        return "\n".join([head, *(f"  {name:<22} {value:.4f}" for name, value in self.metrics.items())])
+        lines = [f"  {name:<22} {value:.4f}" for name, value in self.metrics.items()]
+        if self.left_out:
+            lines.append(
+                f"  left out for {self.left_out} fault(s) of the data, listed in {self.run / 'environment.json'}"
+            )
+        return "\n".join([head, *lines])
 
 
 def train(
@@ -152,8 +160,10 @@ class _Training:
                 self.folder.close()
                 loop.loader.close()
         history = self.folder.history() if self.main else []
-        waited = loop.loader.waited
-        return TrainResult(self.scores, loop.elapsed, loop.step, self.folder.path, history, interrupted, waited)
+        waited, left_out = loop.loader.waited, len(self.samples["train"].left_out)
+        return TrainResult(
+            self.scores, loop.elapsed, loop.step, self.folder.path, history, interrupted, waited, left_out
+        )
 
     def _loader(self, model: nn.Module) -> Any:
         from torchive.data import Loader
@@ -245,8 +255,21 @@ class _Training:
             "optimizer": plain,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "fingerprint": self.recipe.fingerprint(),
+            "samples": self._samples(),
         }
         save_checkpoint(self.folder.last, tensors, values | self._about())
+
+    def _samples(self) -> str:
+        """A hash of the ids and classes trained on: a run continues with the samples it began with, or not at all."""
+        samples = self.samples["train"]
+        return sha256(json.dumps([list(samples.ids), list(samples.classes)]).encode()).hexdigest()[:16]
+
+    def _check_samples(self, known: str | None, path: Path) -> None:
+        if known is not None and known != self._samples():
+            raise CheckpointError(
+                f"{path}: trained on other samples than {self.samples['train'].name} now holds; "
+                "choose another folder (--out), or start again (--fresh)"
+            )
 
     def _about(self) -> dict[str, Any]:
         samples = self.samples["train"]
@@ -258,6 +281,7 @@ class _Training:
         values = checkpoint.values
         if values.get("fingerprint") != self.recipe.fingerprint():
             raise CheckpointError(f"{self.folder.last}: a checkpoint of another recipe")
+        self._check_samples(values.get("samples"), self.folder.last)
         load_weights(loop.model, checkpoint.part("model"), self.folder.last)
         for name, optimizer in loop.plain.items():
             load_optimizer(optimizer, checkpoint.tensors, values["optimizer"], f"optimizer.{name or 'all'}")
@@ -271,7 +295,7 @@ class _Training:
         if self.main:
             self._write_model(loop, self.folder.model)
             self._draw_predictions(loop)
-            result = {"metrics": self.scores, "seconds": loop.elapsed, "steps": loop.step}
+            result = {"metrics": self.scores, "seconds": loop.elapsed, "steps": loop.step, "samples": self._samples()}
             write_atomically(self.folder.result, json.dumps(result, indent=1).encode())
         self.accelerator.wait_for_everyone()
 
@@ -281,10 +305,14 @@ class _Training:
         save_checkpoint(path, tensors, values | self._about())
 
     def _finished_before(self) -> TrainResult:
-        values = json.loads(self.folder.result.read_text(encoding="utf-8"))
-        return TrainResult(
-            values["metrics"], values["seconds"], values["steps"], self.folder.path, self.folder.history()
-        )
+        path = self.folder.result
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            found = values["metrics"], values["seconds"], values["steps"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise CheckpointError(f"{path}: broken, so the run cannot be read; start again (--fresh)") from error
+        self._check_samples(values.get("samples"), path)
+        return TrainResult(*found, self.folder.path, self.folder.history())
 
     def _draw_samples(self, loop: Loop) -> None:
         """``pictures/train.png``: the first batch as it reaches the network."""
