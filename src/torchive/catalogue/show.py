@@ -146,7 +146,8 @@ def _row(name: str) -> dict[str, Any]:
 
 def _python_lines(card: Card) -> list[str]:
     """Lines that run as they stand, but for the user's own ``model``, ``images`` and ``targets``."""
-    options = ", ".join(f"{key}={value!r}" for key, value in card.tiny.get("args", {}).items())
+    plain = {key: value for key, value in card.tiny.get("args", {}).items() if not isinstance(value, dict)}
+    options = ", ".join(f"{key}={value!r}" for key, value in plain.items())
     made = f"torchive.{card.class_name}({options})"
     by_contract = {
         "block": [f"layer = {made}"],

@@ -118,7 +118,8 @@ class DynamicReLU(nn.Module):
         residual = residual.unflatten(1, (-1, 2 * self.pieces)) * self.scale.to(x.dtype)  # (N, C or 1, 2K)
         parts = residual.permute(2, 0, 1).contiguous()[(..., *[None] * (x.ndim - 2))]  # (2K, N, C or 1, 1..)
         pi = self._attention(x)
-        if pi is None and self.pieces == 2 and torch.is_grad_enabled() and parts.dtype == x.dtype:
+        lean = pi is None and self.pieces == 2 and parts.dtype == x.dtype
+        if lean and torch.is_grad_enabled() and not torch.compiler.is_exporting():
             slopes = torch.stack([parts[0] + 1, parts[1]])
             return _TwoPieces.apply(x, slopes, parts[2:])
         y: Tensor | None = None
