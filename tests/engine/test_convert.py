@@ -209,6 +209,14 @@ def test_only_convolutions_that_feed_a_norm_are_centred() -> None:
         convert(timm.create_model("convnext_atto"), "mabn")
 
 
+def test_another_type_can_be_replaced() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 2, 1))
+    report = convert(model, "dynamic_relu", replaces=nn.SiLU)
+    assert [(c.name, c.old) for c in report.changes] == [("1", "SiLU")]
+    with pytest.raises(ConversionError, match="has no from_module"):
+        convert(model, "gcnet", replaces=nn.Conv2d)
+
+
 def test_dtype_device_and_mode_follow_the_place() -> None:
     model = timm.create_model("resnet10t").double().eval()
     convert(model, "dynamic_relu")

@@ -52,7 +52,8 @@ def convert(
         where: a shell pattern over dotted module names (``*`` also crosses dots), ``re:REGEX``, or a list of them. None
             takes all layers of the replaced types, or the card's own places for an inserted block.
         example: an input of the network for the traced pass; found by itself for common networks.
-        replaces: for a class of your own: the layer types that it replaces; None inserts it.
+        replaces: the layer types that it replaces, such as ``torch.nn.SiLU``, instead of the card's; a class of your own
+            is inserted without them.
         options: keyword arguments of the block.
 
     Returns:
@@ -85,12 +86,15 @@ def _plan(
     method: str | type[nn.Module], replaces: Any
 ) -> tuple[str, list[Rule], type[nn.Module] | None, list[list[str]]]:
     """Name, replacement rules, class to insert, default places."""
-    if isinstance(method, type):
-        if replaces is None:
-            return method.__name__, [], method, []
+    cls: type[nn.Module] = method if isinstance(method, type) else _load(class_path_of(method))
+    name = method if isinstance(method, str) else method.__name__
+    if replaces is not None:
         types = [replaces] if isinstance(replaces, type) else list(replaces)
-        return method.__name__, [Rule(t, method, _FUNCTIONS.get(t, ())) for t in types], None, []
-    cls = _load(class_path_of(method))
+        if not hasattr(cls, "from_module"):
+            raise ConversionError(f"{name} is inserted, it replaces nothing: {cls.__name__} has no from_module")
+        return name, [Rule(t, cls, _FUNCTIONS.get(t, ())) for t in types], None, []
+    if not isinstance(method, str):
+        return name, [], cls, []
     host = get_card(method).host
     if host.get("mode") == "insert":
         return method, [], cls, [[p] if isinstance(p, str) else list(p) for p in host.get("where", [])]
@@ -340,7 +344,8 @@ def _nothing(
         kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
         wanted = " or ".join(rule.old.__name__ for rule in rules)
         has = ", ".join(kinds) or "none"
-        return f"{name} replaces {wanted}, and {type(model).__name__} has none; its layers are {has}"
+        hint = f"; its layers are {has}; replaces= takes another type"
+        return f"{name} replaces {wanted}, and {type(model).__name__} has none{hint}"
     if patterns is None:
         return f"{name}: none of the card's places fits {type(model).__name__}; say where=, for example {_some(names)}"
     close = get_close_matches(patterns[0].replace("*", ""), names, n=3, cutoff=0.3) or names[:3]
