@@ -52,7 +52,7 @@ def convert(
         where: a shell pattern over dotted module names (``*`` also crosses dots), ``re:REGEX``, or a list of them. None
             takes all layers of the replaced types, or the card's own places for an inserted block.
         example: an input of the network for the traced pass; found by itself for common networks.
-        replaces: the layer types that it replaces, such as ``torch.nn.SiLU``, instead of the card's; a class of your own
+        replaces: the layer types that it replaces, such as ``torch.nn.SiLU``, instead of the card's; a class of yours
             is inserted without them.
         options: keyword arguments of the block.
 
