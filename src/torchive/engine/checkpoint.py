@@ -125,16 +125,17 @@ def _is_pickle(head: bytes) -> bool:
 
 def _foreign(path: Path) -> dict[str, Tensor]:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), open(path, "rb") as file:  # opened, lest torch judge it by its name
             warnings.simplefilter("ignore")  # of unusual pickle protocols, which are refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: a pickle that holds more than tensors; it could run code, so it is refused. "
             "Save its state_dict, best as safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or damaged: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged file makes the reader raise almost anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: truncated or damaged: {reason}") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

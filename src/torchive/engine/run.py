@@ -219,7 +219,8 @@ def open_run(run: Path) -> LoadedRun:
     if not path.exists():
         raise CheckpointError(f"{run}: no trained run is here (no model.safetensors)")
     checkpoint = load_checkpoint(path)
-    if "recipe" not in checkpoint.values:
+    values = checkpoint.values
+    if not isinstance(values.get("recipe"), dict) or not {"classes", "channels"} <= values.keys():
         raise CheckpointError(f"{path}: not written by a training run: it holds no recipe")
     recipe = resolve_recipe(checkpoint.values["recipe"], where=str(path))
     model = build_model(recipe)
