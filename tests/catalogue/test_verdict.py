@@ -48,6 +48,14 @@ def test_all_of_it_ships() -> None:
     assert found.scale == "solar, 64 px, timm/resnet18, 400 steps, 3 seeds"
 
 
+def test_the_exported_files_latency_decides_where_it_was_measured() -> None:
+    ratios = {"latency_1": 1.5, "latency_16": 1.4}
+    quick = {"gap": 2e-6, "latency_ratios": {"latency_1": 1.0, "latency_16": 1.1}}
+    slow = {"gap": 2e-6, "latency_ratios": {"latency_1": 1.3, "latency_16": 1.1}}
+    assert judge(CARD, PROVED, [(measurement(ratios=ratios, export=quick), 0.01)]).verdict == "ship"
+    assert judge(CARD, PROVED, [(measurement(ratios=ratios, export=slow), 0.01)]).why == ("latency x 1.30",)
+
+
 @pytest.mark.parametrize(
     ("changes", "adjusted", "reason"),
     [

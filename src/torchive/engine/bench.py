@@ -110,7 +110,7 @@ def bench(
             calls = {name: _form(model, form, one, Path(folder) / f"{name}.onnx") for name, model in models.items()}
             for batch in batches:
                 inputs = torch.cat([one] * batch)  # keeps the layout
-                timings += _in_turn(calls, inputs, form, rounds, operations, peak)
+                timings += _alternating(calls, inputs, form, rounds, operations, peak)
     name = recipes["baseline"].name
     return BenchReport(method, name, tuple(one.shape[1:]), torch.get_num_threads(), peak / 1e9, operations, timings)
 
@@ -157,7 +157,7 @@ def _form(model: nn.Module, form: str, one: Tensor, path: Path) -> Callable[[Ten
     return OnnxModel(path)
 
 
-def _in_turn(
+def _alternating(
     calls: dict[str, Callable[[Tensor], Any]],
     inputs: Tensor,
     form: str,

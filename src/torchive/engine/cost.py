@@ -65,11 +65,11 @@ def measure_costs(
             arms[arm]["memory_predict_mb"] = _memory(partial(_predict, models[arm], many.inputs), models[arm], device)
         for key, inputs in (("latency_1_ms", one.inputs), ("latency_16_ms", many.inputs)):
             calls = {arm: partial(_predict, models[arm], inputs) for arm in arms_now}
-            for arm, times in _in_turn(calls, seconds, device).items():
+            for arm, times in in_turn(calls, seconds, device).items():
                 arms[arm][key] = times
     for model in models.values():
         model.train()
-    for arm, times in _in_turn(steps, seconds, device).items():
+    for arm, times in in_turn(steps, seconds, device).items():
         arms[arm]["train_step_ms"] = times
     for arm in arms_now:
         arms[arm]["memory_train_mb"] = _memory(steps[arm], models[arm], device)
@@ -161,7 +161,7 @@ class _Stepper:
                 yield from (value for value in values.values() if isinstance(value, Tensor))
 
 
-def _in_turn(
+def in_turn(
     calls: Mapping[str, Callable[[], Any]], seconds: float, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """Median and 95th percentile in milliseconds; the arms alternate, and every round begins with the other one."""

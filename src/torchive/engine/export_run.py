@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from torchive.engine.build import open_split
+from torchive.engine.cost import in_turn
 from torchive.engine.evaluate import batches_of, score
-from torchive.engine.export import ExportReport, export_model
+from torchive.engine.export import ExportReport, OnnxModel, export_model, write_onnx
 from torchive.engine.recipe import Recipe
 from torchive.engine.run import open_run
 
@@ -47,6 +50,28 @@ def export_run(
         calibration=_batches(recipe, calibration) if int8 else None,
         score=scored if hasattr(loaded.model, "predict") else None,
     )
+
+
+def exported_latency(runs: Mapping[str, Path], *, seconds: float = 2.0) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each run's exported file at batch 1 and 16; the files take turns.
+
+    Raises:
+        CheckpointError, DataError, ExportError: a run cannot be read or exported.
+    """
+    files, images = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for arm, run in runs.items():
+            loaded = open_run(Path(run))
+            images[arm] = _stack(loaded.recipe, "test", 16)
+            path = Path(folder) / f"{arm}.onnx"
+            write_onnx(loaded.model, images[arm][:2], path)
+            files[arm] = OnnxModel(path)
+    found: dict[str, dict[str, float]] = {arm: {} for arm in runs}
+    for count in (1, 16):
+        calls = {arm: partial(files[arm], images[arm][:count]) for arm in runs}
+        for arm, times in in_turn(calls, seconds, torch.device("cpu")).items():
+            found[arm][f"latency_{count}"] = times["median"]
+    return found
 
 
 def _images(recipe: Recipe, split: str) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import Any
 
 import torch
@@ -36,7 +37,16 @@ def start_processes(recipe: Recipe, *, unused: bool = False) -> Any:
         raise RecipeError(
             f"data.batch_size {recipe.data.batch_size} cannot be shared evenly by {accelerator.num_processes} processes"
         )
+    if accelerator.num_processes > 1:
+        atexit.unregister(_leave)
+        atexit.register(_leave)
     return accelerator
+
+
+def _leave() -> None:
+    """Leave the group in order: a process that ends within it may abort as its threads are torn down."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def share_buffers(model: nn.Module) -> None:

@@ -88,14 +88,22 @@ def _ratios(costs: dict[str, Any] | None) -> dict[str, float]:
 
 
 def export_figures(comparison: Comparison) -> dict[str, Any]:
-    """Export the method's run of the first seed on real samples: the largest gap, or why there is none."""
+    """Of the exported first seed: the method's largest gap on real samples and both files' latencies, or why not."""
     from torchive.engine.export import ExportError
-    from torchive.engine.export_run import export_run
+    from torchive.engine.export_run import export_run, exported_latency
 
-    run = comparison.folder / "runs" / f"seed{comparison.record['plan']['seeds'][0]}-method"
+    seed = comparison.record["plan"]["seeds"][0]
+    runs = {arm: comparison.folder / "runs" / f"seed{seed}-{arm}" for arm in ARMS}
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            report = export_run(run, Path(scratch))
+            report = export_run(runs["method"], Path(scratch))
+        latency = exported_latency(runs)
     except (ExportError, ValueError) as error:
         return {"impossible": " ".join(str(error).split())[:200]}
-    return {"gap": report.onnx.gap, "file": "ONNX, run in ONNX Runtime at two sizes"}
+    first, second = (latency[arm] for arm in ARMS)
+    return {
+        "gap": report.onnx.gap,
+        "file": "ONNX, run in ONNX Runtime at two sizes",
+        "latency_ms": latency,
+        "latency_ratios": {key: round(second[key] / first[key], 4) for key in first},
+    }
