@@ -5,8 +5,9 @@
 For gcnet the other side is timm's GlobalContext. The other two are not in timm: name a file, for example
 ``--against dynamic_relu=dyrelu.py:DyReLUB:reduction=8`` or ``--against mabn=MABN.py:MABN2d:B=2,real_B=32``; a class
 CenConv2d in the same file then takes the place of the convolutions. Without one, the block is timed against the plain
-network. Both sides run in turn in one process. Printed: the ratio of the medians (below 1: ours is faster) with the
-smallest and the largest ratio of two neighbouring runs.
+network. Both sides run in turn in one process, as whole networks and as the converted parts alone, on inputs of the
+shapes that they have in the network. Printed: the ratio of the medians (below 1: ours is faster) with the smallest and
+the largest ratio of two neighbouring runs.
 """
 
 from __future__ import annotations
@@ -75,10 +76,10 @@ def replacing_convolution(cls: type[nn.Module]) -> type[nn.Module]:
     return Theirs
 
 
-def networks(name: str, against: str | None) -> tuple[nn.Module, nn.Module, str]:
-    """Ours, theirs, and what theirs is."""
+def networks(name: str, against: str | None) -> tuple[nn.Module, nn.Module, list[str], str]:
+    """Ours, theirs, the converted places in both, and what theirs is; no places where theirs has no such parts."""
     ours, theirs = (timm.create_model("resnet18", num_classes=10) for _ in range(2))
-    convert(ours, name)
+    parts = [change.name for change in convert(ours, name).changes]
     if against:
         names, cls, options = load_classes(against)
         part, label = replacing(names[cls], options), cls
@@ -95,8 +96,32 @@ def networks(name: str, against: str | None) -> tuple[nn.Module, nn.Module, str]
         convert(theirs, replacing(TimmGlobalContext, options), places)
         label = "timm GlobalContext"
     else:
-        label = "plain network"
-    return ours.train(), theirs.train(), label
+        label, parts = "plain network", []
+    return ours.train(), theirs.train(), parts, label
+
+
+def parts_alone(
+    model: nn.Module, names: list[str], images: torch.Tensor, layout: torch.memory_format
+) -> Callable[[], None]:
+    """One forward and backward pass of the parts, each on its own input, remembered from a pass of the network."""
+    pairs: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
+
+    def remember(module: nn.Module, given: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
+        x = given[0].detach().clone(memory_format=layout).requires_grad_()
+        pairs.append((module, x, torch.randn_like(result)))
+
+    places = [model.get_submodule(name) for name in names]
+    hooks = [(p[-1] if isinstance(p, nn.Sequential) else p).register_forward_hook(remember) for p in places]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+
+    def run() -> None:
+        for module, x, grad in pairs:
+            x.grad = None
+            module(x).backward(grad)
+
+    return run
 
 
 def step(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
@@ -131,25 +156,33 @@ def main() -> None:
     for name in options.only:
         for layout in (torch.contiguous_format, torch.channels_last):
             torch.manual_seed(0)
-            ours, theirs, label = networks(name, against.get(name))
+            ours, theirs, parts, label = networks(name, against.get(name))
             images = torch.randn(options.batch, 3, options.size, options.size).contiguous(memory_format=layout)
-            runs = [step(model.to(memory_format=layout), images) for model in (ours, theirs)]
-            times: list[tuple[float, float]] = []
-            for turn in range(options.rounds + 2):
-                if turn % 2:
-                    second, first = timed(runs[1]), timed(runs[0])
-                else:
-                    first, second = timed(runs[0]), timed(runs[1])
-                if turn > 1:  # the first runs fill caches
-                    times.append((first, second))
-            mid = [median(column) for column in zip(*times, strict=True)]
-            ratios = [a / b for a, b in times]
+            models = [model.to(memory_format=layout) for model in (ours, theirs)]
             kind = "channels last" if layout is torch.channels_last else "contiguous"
-            print(
-                f"{name:<13} {kind:<14} ours {mid[0] * 1e3:7.1f} ms  {label} {mid[1] * 1e3:7.1f} ms  "
-                f"ratio {mid[0] / mid[1]:.3f} [{min(ratios):.3f}, {max(ratios):.3f}]",
-                flush=True,
-            )
+            compare(f"{name:<13} {kind:<14} network", label, [step(model, images) for model in models], options.rounds)
+            if parts:
+                alone = [parts_alone(model, parts, images, layout) for model in models]
+                compare(f"{name:<13} {kind:<14} parts  ", label, alone, options.rounds)
+
+
+def compare(title: str, label: str, runs: list[Callable[[], None]], rounds: int) -> None:
+    """Time both in turn and print."""
+    times: list[tuple[float, float]] = []
+    for turn in range(rounds + 2):
+        if turn % 2:
+            second, first = timed(runs[1]), timed(runs[0])
+        else:
+            first, second = timed(runs[0]), timed(runs[1])
+        if turn > 1:  # the first runs fill caches
+            times.append((first, second))
+    mid = [median(column) for column in zip(*times, strict=True)]
+    ratios = [a / b for a, b in times]
+    print(
+        f"{title} ours {mid[0] * 1e3:7.1f} ms  {label} {mid[1] * 1e3:7.1f} ms  "
+        f"ratio {mid[0] / mid[1]:.3f} [{min(ratios):.3f}, {max(ratios):.3f}]",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
