@@ -47,15 +47,17 @@ class Pairing:
         initial: arm -> all its tensors by name.
         shared: tensors and values that both arms have, and the hash that was found equal in both.
         new: arm -> tensors and values that only it has.
+        start: arm -> hash of all that it starts from.
     """
 
     initial: dict[str, dict[str, Tensor]]
     shared: dict[str, Any]
     new: dict[str, dict[str, int]]
+    start: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Counts and hash, without the tensors."""
-        return {"shared": self.shared, "new": self.new}
+        """Counts and hashes, without the tensors."""
+        return {"shared": self.shared, "new": self.new, "start": self.start}
 
 
 def make_arms(
@@ -86,15 +88,16 @@ def make_arms(
     if card.state != "built":
         raise ComparisonError(f"{card.name} is planned, not built, so it cannot be compared")
     plan = card.comparison
-    own = _own(card) if method_overrides is None else method_overrides
+    own: Overrides = card_changes(card) if method_overrides is None else method_overrides
     name = recipe or plan.get("recipe") or (DEFAULT_RECIPE if card.contract == "block" else None)
     if name is None:
         raise ComparisonError(f"the card of {card.name} names no recipe; say which, with recipe= or --recipe")
     words = [source_override(data or plan["data"])] if data or plan.get("data") else []
     shared = load_recipe(str(name), [*words, *overrides])
+    changes: Overrides
     if isinstance(baseline, str):
         other = get_card(baseline)
-        changes, title = _own(other), short_title(other)
+        changes, title = card_changes(other), short_title(other)
     else:
         changes = plan.get("baseline", {}) if baseline is None else baseline
         title = str(plan.get("against", "")) if baseline is None else ""
@@ -102,7 +105,7 @@ def make_arms(
     return Arm("baseline", title or _title(first, second), first), Arm("method", short_title(card), second)
 
 
-def _own(card: Card) -> Overrides:
+def card_changes(card: Card) -> dict[str, Any]:
     """What a card adds to the recipe for its method; the recipe as it is where the card names a baseline only."""
     plan = card.comparison
     if "method" in plan:
@@ -252,7 +255,8 @@ def pair_models(recipes: Mapping[str, Recipe]) -> Pairing:
         own = [value.numel() for name, value in state.items() if name not in known]
         new[arm] = {"tensors": len(own), "values": sum(own)}
     initial = {arm: _renamed(models[arm], state) for arm, state in states.items()}
-    return Pairing(initial, shared, new)
+    start = {arm: _hash(state, list(state)) for arm, state in states.items()}
+    return Pairing(initial, shared, new, start)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

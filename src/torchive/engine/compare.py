@@ -52,7 +52,8 @@ def compare(
     """Train baseline and method with paired seeds, and say whether the method helps.
 
     Args:
-        method: a built method; its card names recipe and arms.
+        method: a built method; its card names recipe and arms. Two, as "gcnet+dynamic_relu", are compared apart and
+            together.
         recipe: another recipe than the card's, by name or file.
         data: the source for both arms, as ``open_data`` takes it.
         seeds: how many, from 0, or which; at least three. None is five.
@@ -67,7 +68,8 @@ def compare(
         record: add the result to the method's evidence.
 
     Returns:
-        A ``Comparison``, or with ``dial`` a ``Sweep``; printing it shows a table and the report's path.
+        A ``Comparison``, with ``dial`` a ``Sweep``, of two methods a ``Together``; printing it shows a table and the
+        report's path.
 
     Raises:
         ComparisonError, RecipeError, DataError, KeyError: one clear line each.
@@ -75,6 +77,25 @@ def compare(
     """
     chosen = _seeds(seeds)
     words = _command(method, recipe, data, chosen, budget, dial, overrides, baseline, method_overrides, margin)
+    if "+" in method:
+        _require(not record, "the evidence holds single methods; record each of two apart")
+        _require(dial is None, "a dial turns for one method; compare two methods together at one value")
+        _require(baseline is None and method_overrides is None, "two methods together take their arms from their cards")
+        from torchive.engine.together import compare_together
+
+        return compare_together(
+            method,
+            command=words,
+            recipe=recipe,
+            data=data,
+            seeds=chosen,
+            budget=budget,
+            overrides=overrides,
+            margin=margin,
+            out=None if out is None else Path(out),
+            resume=resume,
+            progress=progress,
+        )
     arms = make_arms(
         method, recipe=recipe, data=data, overrides=overrides, baseline=baseline, method_overrides=method_overrides
     )
@@ -119,8 +140,11 @@ def run_comparison(
     progress: bool = True,
     record: bool = False,
     setting: str = "",
+    known: Comparison | None = None,
 ) -> Comparison:
-    """One comparison of two arms; see ``compare``. ``setting`` names the dial's value."""
+    """One comparison of two arms; see ``compare``. ``setting`` names the dial's value; a baseline run that starts and
+    trains as one of ``known`` did is taken from there.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ComparisonError("a comparison runs in one process; start it without torchrun")
     require_same_task(arms)
@@ -134,7 +158,7 @@ def run_comparison(
     store.start(data_record(recipes["baseline"], samples), environment_record(samples, recipes["baseline"]))
     narrator = Narrator(store.folder, plan, total=2 * len(seeds), shown=progress)
     for seed in seeds:
-        _run_pair(store, recipes, samples, seed, resume=resume, narrator=narrator)
+        _run_pair(store, recipes, samples, seed, resume=resume, narrator=narrator, known=known)
     if "examples" not in store.record:
         store.put("examples", _examples(store, recipes, samples, seeds[0]))
     if "costs" not in store.record:
@@ -151,7 +175,14 @@ def run_comparison(
 
 
 def _run_pair(
-    store: Store, recipes: dict[str, Recipe], samples: dict[str, Any], seed: int, *, resume: bool, narrator: Narrator
+    store: Store,
+    recipes: dict[str, Recipe],
+    samples: dict[str, Any],
+    seed: int,
+    *,
+    resume: bool,
+    narrator: Narrator,
+    known: Comparison | None,
 ) -> None:
     """Train and test both arms from one start; runs that are in the records are not repeated."""
     from torchive.engine.evaluate import score_run
@@ -163,6 +194,9 @@ def _run_pair(
     seeded = {arm: recipe.with_seed(seed) for arm, recipe in recipes.items()}
     pairing = pair_models(seeded)
     store.add_pair(seed, pairing.as_dict())
+    if known and "baseline" in missing and store.take_baseline(known, seed):
+        missing.remove("baseline")
+        narrator.taken()
     for arm in missing:
         named = replace(seeded[arm], name=f"{arm}, seed {seed}")
         folder = store.run_folder(seed, arm)
@@ -236,6 +270,11 @@ def _train_batch(recipe: Recipe, samples: Any, model: Any) -> Any:
     transform = build(recipe.task, image_size=data.image_size, train=True, channels=data.channels, augment=augment)
     loader = Loader(samples, transform, batch_size=data.batch_size, seed=0, shuffle=True, memory=0)
     return next(iter(loader.epoch(0)))
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ComparisonError(message)
 
 
 def _budgeted(arms: tuple[Arm, Arm], budget: str | None) -> tuple[Arm, Arm]:

@@ -77,15 +77,15 @@ def plan_of(
     """Everything that is fixed before the first run, the rule among it."""
     from torchive import __version__
 
-    card = get_card(method)
+    cards = [get_card(name) for name in method.split("+")]
     first = recipes["baseline"]
     return {
         "schema": SCHEMA,
-        "method": card.name,
+        "method": "+".join(card.name for card in cards),
         "title": arms[1].title,
         "baseline_title": arms[0].title,
-        "citation": card.paper.citation,
-        "claim": card.claim,
+        "citation": "; ".join(card.paper.citation for card in cards),
+        "claim": " / ".join(card.claim for card in cards),
         "task": first.task,
         "recipe": first.name,
         "setting": setting,
@@ -192,6 +192,31 @@ class Store:
         """Keep a run's record."""
         self.record["runs"].append(run)
         self._write()
+
+    def take_baseline(self, known: Comparison, seed: int) -> bool:
+        """Take over another comparison's baseline run of this seed if it is the same run: same recipe, same start."""
+        mine, theirs = self.plan, known.record["plan"]
+        same = all(settings_of(mine)[key] == settings_of(theirs)[key] for key in ("schema", "task", "rule", "samples"))
+        recipes = [settings_of(plan)["arms"]["baseline"] for plan in (mine, theirs)]
+        starts = [
+            pair.get("start", {}).get("baseline")
+            for record in (self.record, known.record)
+            for pair in record["pairs"]
+            if pair["seed"] == seed
+        ]
+        run = next((r for r in known.record["runs"] if (r["seed"], r["arm"]) == (seed, "baseline")), None)
+        if (
+            run is None
+            or not same
+            or recipes[0] != recipes[1]
+            or len(starts) != 2
+            or starts[0] is None
+            or starts[0] != starts[1]
+        ):
+            return False
+        shutil.copytree(known.folder / run["folder"], self.run_folder(seed, "baseline"), dirs_exist_ok=True)
+        self.add_run({**run, "folder": self.relative(self.run_folder(seed, "baseline"))})
+        return True
 
     def tidy(self, run: Path) -> None:
         """Of a recorded run keep the deployable model; what it would need to train on takes five times the room."""
@@ -301,6 +326,10 @@ class Narrator:
         """One line on stderr."""
         if self.shown:
             print(text, file=sys.stderr, flush=True)
+
+    def taken(self) -> None:
+        """A run was taken from another comparison."""
+        self.left -= 1
 
     def finished(self, seed: int, arm: str, value: float, seconds: float) -> None:
         """A run is done."""

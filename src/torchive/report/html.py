@@ -33,16 +33,19 @@ _GROUPS = (
 
 
 def render_report(folder: Path) -> Path:
-    """Write ``report.html`` of a comparison's or a dial's folder from its records, and return its path.
+    """Write ``report.html`` of a comparison, a dial or two methods together from the folder's records; returns it.
 
     Raises:
         ValueError: no records are there, or they are not JSON, of another schema, or without a finished pair.
     """
     from torchive.report.dial import DIAL, render_dial
+    from torchive.report.together import TOGETHER, render_together
 
     folder = Path(folder)
     if (folder / DIAL).exists():
         return write_text(folder / REPORT, render_dial(folder))
+    if (folder / TOGETHER).exists():
+        return write_text(folder / REPORT, render_together(folder))
     return write_text(folder / REPORT, comparison_html(read_records(folder / RECORDS)))
 
 

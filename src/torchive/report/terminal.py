@@ -39,6 +39,19 @@ def dial_text(folder: Path, report: Path) -> str:
     return _text(["", table, _plain(dial.sentence), f"report: {_plain(str(report))}"])
 
 
+def together_text(folder: Path, report: Path) -> str:
+    """A row for each method, for both, and for both minus the sum."""
+    from torchive.report.together import interaction_cells, summarise_together
+
+    found = summarise_together(folder)
+    table = _table("", "baseline", "method", "difference", "interval", "verdict")
+    for side, summary in found.summaries.items():
+        table.add_row(found.records[side]["plan"]["title"], *_cells(summary.deciding, decides=True))
+    change, interval, verdict = interaction_cells(found)
+    table.add_row("both minus the sum", "", "", change, interval, verdict)
+    return _text(["", table, _plain(found.sentence), f"report: {_plain(str(report))}"])
+
+
 def _metrics(summary: Summary) -> Table:
     table = _table("metric", "baseline", "method", "difference", "interval", "verdict")
     for metric in summary.metrics:
