@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torchive import __version__
 
@@ -158,8 +158,21 @@ def _data_check(a: argparse.Namespace) -> int:
     return 0 if report.ok else 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Usage, fault and hint; exit status 2."""
+        import re
+        from difflib import get_close_matches
+
+        wrong = re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message)
+        close = get_close_matches(wrong[1], re.findall(r"[\w-]+", wrong[2]), n=1) if wrong else []
+        super().error(f"no {wrong[1]!r}; did you mean {close[0]}?" if wrong and close else message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="torchive",
         description="An archive of computer-vision papers in which every paper runs.",
         epilog=EXAMPLES,

@@ -82,6 +82,32 @@ def test_a_match_that_cannot_be_had_is_shown_with_its_reason(evidence_folder: Pa
     assert "matched        impossible no release" in show.render_show(values)
 
 
+def test_a_comparison_is_told_as_a_sentence(evidence_folder: Path) -> None:
+    evidence.record_evidence(
+        "dynamic_relu",
+        "measured",
+        "torchive compare dynamic_relu",
+        metric="accuracy",
+        unit="points",
+        baseline_title="ReLU",
+        seeds=[0, 1, 2],
+        baseline=[0.70, 0.71, 0.72],
+        method=[0.72, 0.73, 0.74],
+        difference={"mean": 0.02, "low": 0.0125, "high": 0.0275},
+        outcome="better",
+        scale={"data": "solar", "train_samples": 1842, "image_size": 64, "batch_size": 32},
+        ratios={"parameters": 1.08, "latency_1": 1.4},
+        export={"gap": 2e-6, "latency_ratios": {"latency_1": 1.1}},
+    )
+    text = " ".join(show.render_show(show.show_values("dynamic_relu")).split())
+    for part in (
+        "accuracy +2 points [+1.25, +2.75], from 71 to 73, over 3 seeds: better",
+        "against ReLU; solar, 1842 samples, 64 px, batch 32",
+        "parameters × 1.08, latency × 1.40, ONNX gap 2e-06, ONNX latency × 1.10",
+    ):
+        assert part in text
+
+
 @pytest.mark.parametrize("name", card_names())
 def test_every_method_can_be_shown(name: str) -> None:
     values = show.show_values(name)

@@ -326,3 +326,10 @@ def test_wrong_names_are_told_with_what_was_meant(words: tuple[str, ...], place:
     )
     assert_refused(ended, NAMES[words])
     assert {k: v for k, v in fingerprint(Path("runs")).items() if k in before} == before
+
+
+@pytest.mark.parametrize(("word", "meant"), [("shwo", "show"), ("comapre", "compare"), ("data gte", "get")])
+def test_a_mistyped_verb_is_told_with_what_was_meant(word: str, meant: str, place: Path, torchive: Run) -> None:
+    ended = torchive(*word.split(), "x")
+    assert ended.status == 2
+    assert f"did you mean {meant}?" in ended.err.splitlines()[-1]

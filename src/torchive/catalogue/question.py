@@ -54,7 +54,7 @@ def squash(text: str) -> str:
 @lru_cache(maxsize=8192)
 def stem(word: str) -> str:
     """The word without its ending, so that plurals and forms of one verb meet: recognise, recognition, recogniser."""
-    if len(word) < 4 or word.endswith("ss") or not word.isalpha():
+    if len(word) < 4 or word.endswith("ss") or not word.isalpha() or word == "matter":  # which is no mat, nor matte
         return word
     bare = _ENDINGS.sub("", word)
     if bare == word or (word.endswith("ies") and not bare.endswith("if")):

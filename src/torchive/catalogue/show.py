@@ -12,12 +12,10 @@ from textwrap import fill
 from typing import Any
 
 from torchive.catalogue.card import Card
-from torchive.catalogue.evidence import STEPS, evidence_of, steps_reached
+from torchive.catalogue.evidence import evidence_of, steps_reached
 from torchive.catalogue.index import get_card, index
+from torchive.catalogue.proof import proof_lines
 from torchive.catalogue.search import did_you_mean, find, list_methods, verdict_of
-
-#: What every entry of the record carries beside its figures.
-STAMP = ("date", "version", "command")
 
 
 def list_rows(
@@ -112,7 +110,7 @@ def render_show(values: Mapping[str, Any]) -> str:
     }
     lines += [_fact(key, text) for key, text in facts.items() if text]
     if values["state"] == "built":
-        lines += ["", _bold("Proof"), *_proof_lines(values["evidence"])]
+        lines += ["", _bold("Proof"), *(_fact(*line) for line in proof_lines(values["evidence"]))]
     for head, key in (("Departs from the paper", "deviations"), ("Found by running it", "findings")):
         if values.get(key):
             lines += ["", _bold(head), *(_item(item) for item in values[key])]
@@ -176,29 +174,6 @@ def _shell_lines(card: Card) -> list[str]:
 def _reasons(record: Mapping[str, Any]) -> str:
     verdict = record.get("verdict", {})
     return "; ".join(filter(None, (*verdict.get("why", ()), verdict.get("scale", ""))))
-
-
-def _proof_lines(record: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for step in STEPS[:4]:
-        entries = record.get(step) or []
-        for entry in entries if isinstance(entries, list) else [entries]:
-            figures = ", ".join(f"{k.replace('_', ' ')} {_figure(v)}" for k, v in entry.items() if k not in STAMP)
-            dated = f" ({entry['date']}, version {entry['version']})" if "date" in entry else ""
-            lines.append(_fact(step, (figures or "yes") + dated))
-            lines += [_fact("", entry["command"])] if "command" in entry else []
-        lines += [] if entries else [_fact(step, "not yet")]
-    return lines
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k}: {_figure(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_figure, value)) + "]"
-    return str(value)
 
 
 def _fact(key: str, text: str) -> str:
