@@ -87,7 +87,8 @@ def together_arms(
             baseline=baseline,
             method_overrides=merged(*changes, names=names),
         )
-        arms[side] = one, replace(other, title=_title(side, cards))
+        against = one.title.replace("without it", "without them") if side == "both" else one.title
+        arms[side] = replace(one, title=against), replace(other, title=_title(side, cards))
     return arms
 
 

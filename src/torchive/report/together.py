@@ -26,7 +26,7 @@ class TogetherSummary:
         records, summaries: by "first", "second" and "both".
         interaction: per seed, the difference of both minus the sum of the differences apart; above zero the metric
             rises by more than the sum. None below two common seeds.
-        verdict: "add up as far as we can tell", "more than the sum" or "less than the sum", in the sense of the gain.
+        verdict: "more than the sum", "less than the sum" or "cannot tell".
         sentence: the answer.
     """
 
@@ -59,7 +59,7 @@ def summarise_together(folder: Path) -> TogetherSummary:
 
 def _verdict(found: Estimate | None, *, higher: bool) -> str:
     if found is None or found.low <= 0 <= found.high:
-        return "add up as far as we can tell"
+        return "cannot tell"
     return "more than the sum" if (found.low > 0) == higher else "less than the sum"
 
 
@@ -93,6 +93,7 @@ def render_together(folder: Path) -> str:
             **page_values(record),
             together=found,
             titles=[found.records[side]["plan"]["title"] for side in SIDES[:2]],
+            css={"more than the sum": "better", "less than the sum": "worse"}.get(found.verdict, "cannot-tell"),
             figure=Markup(_figure(found)),
             rows=[_row(found, side) for side in SIDES],
             interaction=interaction_cells(found),
