@@ -84,8 +84,9 @@ class TwoPlayers(Protocol):
 class Procedure(Protocol):
     """Training around a model. ``deployable`` returns the model to keep.
 
-    Optional: ``after_step()``, called after each optimiser step; ``views(image_size, **options)``, the transform that
-    makes the views of one image.
+    Optional: ``before_step(progress)`` and ``after_step()``, called around each optimiser step, ``progress`` being the
+    share of the run that is done; ``views(image_size, **options)``, the transform that makes the views of one image;
+    ``sampling(progress)``, the power of ``data.sampling`` at a share of the run.
     """
 
     def losses(self, batch: Batch, /) -> dict[str, Tensor]: ...

@@ -30,6 +30,11 @@ class FileSamples:
         self.left_out = tuple(left_out)
         self.ids = tuple(record.id for record in records)
 
+    @property
+    def labels(self) -> list[int]:
+        """The class of each sample of a classification set, read from no image."""
+        return [int(record.target) for record in self.records]
+
     def __len__(self) -> int:
         return len(self.records)
 

@@ -44,6 +44,7 @@ class Loader:
         views: how often the transform is applied to each sample; from 2 on, a batch's inputs are (N, V, C, H, W). A
             transform may as well return an image (V, C, H, W) itself; then leave this at 1.
         memory: bytes of prepared samples to keep.
+        order: the indices of an epoch over all ranks, as many as there are samples, instead of the shuffled ones.
 
     Raises:
         ValueError: a number out of range, or a set without a batch.
@@ -65,6 +66,7 @@ class Loader:
         drop_last: bool = False,
         views: int = 1,
         memory: int = 1 << 30,
+        order: Callable[[int], list[int]] | None = None,
     ) -> None:
         if batch_size < 1 or workers < 0 or views < 1:
             raise ValueError(
@@ -74,6 +76,7 @@ class Loader:
             raise ValueError(f"rank must be in 0..{world - 1}, got {rank}")
         self.samples, self.batch_size, self.seed, self.shuffle = samples, batch_size, seed, shuffle
         self.rank, self.world, self.drop_last = rank, world, drop_last
+        self.ordered = order
         self.waited = 0.0
         if len(self) == 0:
             raise DataError(
@@ -105,7 +108,10 @@ class Loader:
     def order(self, epoch: int) -> list[int]:
         """The indices that this rank takes in an epoch, in order."""
         count = len(self.samples)
-        order = epoch_order(count, self.seed, epoch) if self.shuffle else list(range(count))
+        if self.ordered is not None:
+            order = self.ordered(epoch)
+        else:
+            order = epoch_order(count, self.seed, epoch) if self.shuffle else list(range(count))
         return order[self.rank :: self.world][: self._shard_length()]
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:

@@ -12,15 +12,17 @@ from torch import nn
 from torchive.data.drawing import kept_generators, key_seed, seed_generators
 from torchive.data.samples import SampleSet
 from torchive.engine.convert import convert
-from torchive.engine.recipe import ClassSpec, Recipe, RecipeError
+from torchive.engine.recipe import REPRESENTING, ClassSpec, Recipe, RecipeError
 from torchive.engine.resolve import filled, import_class
+from torchive.engine.selection import class_counts, long_tail, without_held_out
 from torchive.engine.views import Subset, as_task
 
 
 def open_split(recipe: Recipe, split: str) -> SampleSet:
     """The samples of one split in the form that the recipe's task needs.
 
-    ``data.fraction`` keeps a share of the training split that depends on the sample ids alone.
+    ``data.fraction`` keeps a share of the training split that depends on the sample ids alone; ``data.imbalance`` thins
+    its classes out; ``data.held_out`` takes some away from it and leaves the other splits nothing but these.
 
     Raises:
         DataError: the data cannot be used. RecipeError: they are of another task.
@@ -28,12 +30,25 @@ def open_split(recipe: Recipe, split: str) -> SampleSet:
     from torchive.data import open_data
 
     samples = as_task(open_data(recipe.data.source, split, skip_faulty=recipe.data.skip_faulty), recipe.task)
-    return Subset.by_fraction(samples, recipe.data.fraction) if split == "train" else samples
+    data = recipe.data
+    if data.held_out:
+        samples = without_held_out(samples, data.held_out, seed=data.draw, train=split == "train")
+    if split == "train":
+        samples = Subset.by_fraction(samples, data.fraction)
+        if data.imbalance is not None:
+            samples = long_tail(samples, data.imbalance, seed=data.draw)
+    return samples
 
 
 def fill_recipe(recipe: Recipe, samples: SampleSet) -> Recipe:
-    """The recipe with the number of classes and channels of the data put in where its classes take them."""
-    given = {"num_classes": len(samples.classes), "in_channels": recipe.data.channels or samples.channels}
+    """The recipe with the data's number of classes, of channels, and of samples in each class put in where its classes
+    take them.
+    """
+    given = {
+        "num_classes": len(samples.classes),
+        "in_channels": recipe.data.channels or samples.channels,
+        "class_counts": lambda: class_counts(samples),
+    }
     return replace(recipe, model=ClassSpec(**filled(asdict(recipe.model), given)))
 
 
@@ -59,22 +74,45 @@ def build_model(recipe: Recipe) -> nn.Module:
 def _example(recipe: Recipe) -> torch.Tensor | None:
     """An input of the recipe's size where that is known, else None: the conversion then looks for one itself."""
     channels, size = recipe.model.init_args.get("in_channels"), recipe.data.image_size
-    if recipe.task in ("detection", "selfsupervised") or channels is None or size is None:
+    if recipe.task in ("detection", *REPRESENTING) or channels is None or size is None:
         return None
     return torch.zeros(2, channels, size, size)
 
 
-def build_optimizer(recipe: Recipe, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The recipe's optimiser over the parameters that need a gradient."""
+def build_optimizer(
+    recipe: Recipe, parameters: Iterable[nn.Parameter], model: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """The recipe's optimiser over the parameters that need a gradient.
+
+    A part of ``model`` may have ``parameter_rules()``: names of its own parameters -> ``lr``, a multiple of the
+    recipe's rate, and ``weight_decay``, instead of the recipe's. Such parameters are groups of their own.
+    """
     cls = import_class(recipe.optimizer.class_path)
+    rules = {} if model is None else _parameter_rules(model)
     wanted = [p for p in parameters if p.requires_grad]
+    ruled = [p for p in wanted if id(p) in rules]
+    groups: list[Any] = [{"params": [p for p in wanted if id(p) not in rules]}, *({"params": [p]} for p in ruled)]
     try:
-        optimizer = cls(wanted, **recipe.optimizer.init_args)
+        optimizer = cls([group for group in groups if group["params"]] or wanted, **recipe.optimizer.init_args)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"optimizer: {cls.__name__}: {error}") from error
     for group in optimizer.param_groups:
+        rule = rules.get(id(group["params"][0]), {})
+        group["lr"] = group["lr"] * rule.get("lr", 1.0)
+        if "weight_decay" in rule and "weight_decay" in group:
+            group["weight_decay"] = rule["weight_decay"]
         group.setdefault("initial_lr", float(group["lr"]))
     return optimizer
+
+
+def _parameter_rules(model: nn.Module) -> dict[int, Mapping[str, float]]:
+    """What the parts of a model say of the optimisation of their own parameters, by the parameter's id."""
+    return {
+        id(part.get_parameter(name)): rule
+        for part in model.modules()
+        if hasattr(part, "parameter_rules")
+        for name, rule in part.parameter_rules().items()  # type: ignore[operator]
+    }
 
 
 def _instance(spec: Mapping[str, Any], place: str) -> Any:

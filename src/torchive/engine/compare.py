@@ -26,7 +26,7 @@ from torchive.engine.arms import (
 from torchive.engine.build import build_model, fill_recipe, open_split
 from torchive.engine.comparison import Comparison, Narrator, Store, data_record, environment_record, plan_of
 from torchive.engine.metrics import METRICS
-from torchive.engine.recipe import Recipe
+from torchive.engine.recipe import REPRESENTING, Recipe
 from torchive.report.statistics import LEAST_PAIRS, Rule
 
 SPLITS = ("train", "val", "test")
@@ -238,7 +238,7 @@ def _examples(store: Store, recipes: dict[str, Recipe], samples: dict[str, Any],
     from torchive.engine.evaluate import score_run
     from torchive.engine.examples import side_by_side
 
-    if recipes["baseline"].task == "selfsupervised":
+    if recipes["baseline"].task in REPRESENTING:
         return None
     found = [score_run(store.run_folder(seed, arm), samples=samples["test"]) for arm in ARMS]
     return side_by_side(found[0], found[1], samples["test"], recipes["baseline"], seed=seed)

@@ -134,7 +134,7 @@ class _Stepper:
 
     def __init__(self, model: nn.Module, recipe: Recipe, batch: Batch) -> None:
         self.trainable, self.model = Trainable(model), model
-        self.optimizers = {p: build_optimizer(recipe, group) for p, group in self.trainable.groups().items()}
+        self.optimizers = {p: build_optimizer(recipe, group, model) for p, group in self.trainable.groups().items()}
         self.after_step = getattr(model, "after_step", None)
         size = recipe.train.micro_batch
         self.parts = [batch] if size is None or size >= len(batch) else list(batch.split(size))

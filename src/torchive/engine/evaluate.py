@@ -14,7 +14,7 @@ from torch import nn
 from torchive.data.drawing import kept_generators
 from torchive.data.samples import SampleSet
 from torchive.engine.metrics import metrics_of, record_of
-from torchive.engine.recipe import Recipe, RecipeError
+from torchive.engine.recipe import REPRESENTING, Recipe, RecipeError
 from torchive.structures import Batch, Prediction
 
 
@@ -53,7 +53,7 @@ def evaluate(
     """All metrics of the recipe's task on a sample set; modes, weights and generators stay as they are.
 
     Args:
-        model: a system, or an encoder where the task is selfsupervised.
+        model: a system; where the task is selfsupervised or embedding, anything that gives features.
         reference: labelled samples whose representations the others are compared to; selfsupervised only.
         rank, world: with several processes each takes its part, and all get the same result.
 
@@ -74,10 +74,12 @@ def score(
     predictions: bool = True,
 ) -> Evaluation:
     """As ``evaluate``, with the prediction of every sample."""
-    if recipe.task == "selfsupervised":
-        from torchive.engine.probe import probe
+    if recipe.task in REPRESENTING:
+        from torchive.engine.probe import probe, verify
 
         with evaluating(model):
+            if recipe.task == "embedding":
+                return Evaluation(verify(model, samples, recipe, rank=rank, world=world))
             return Evaluation(probe(model, samples, reference, recipe, rank=rank, world=world))
     if not hasattr(model, "predict"):
         raise RecipeError(f"{type(model).__name__} has no predict, so it cannot be scored on {recipe.task}")
@@ -105,7 +107,7 @@ def batches_of(samples: SampleSet, recipe: Recipe, *, rank: int = 0, world: int 
 
     if rank >= len(samples):
         return
-    task = "classification" if recipe.task == "selfsupervised" else recipe.task
+    task = "classification" if recipe.task in REPRESENTING else recipe.task
     transform = build(task, image_size=recipe.data.image_size, train=False, channels=recipe.data.channels)
     loader = Loader(
         samples, transform, batch_size=recipe.data.batch_size, seed=0, shuffle=False, rank=rank, world=world, memory=0
@@ -169,7 +171,7 @@ def score_run(
     loaded = open_run(run)
     recipe = loaded.recipe if data is None else loaded.recipe.override([source_override(data)])
     samples = open_split(recipe, split) if samples is None else samples
-    if recipe.task != "selfsupervised" and tuple(samples.classes) != loaded.classes:
+    if recipe.task not in REPRESENTING and tuple(samples.classes) != loaded.classes:
         raise RecipeError(
             f"{samples.name} has the classes {', '.join(samples.classes)}; "
             f"the run was trained on {', '.join(loaded.classes)}"

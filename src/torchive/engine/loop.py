@@ -77,7 +77,9 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.trainable = Trainable(self.model)
-        self.plain = {k: build_optimizer(self.recipe, group) for k, group in self.trainable.groups().items()}
+        self.plain = {
+            k: build_optimizer(self.recipe, group, self.model) for k, group in self.trainable.groups().items()
+        }
         # Accelerate's optimiser is needed for scaled gradients (fp16) only; it looks for a package on disk at each step
         self.scaled = self.accelerator.scaler is not None
         prepare = self.accelerator.prepare_optimizer if self.scaled else (lambda optimizer: optimizer)
@@ -86,6 +88,7 @@ class Loop:
         self.device = self.accelerator.device
         self.lazy = self.device.type != "cpu"
         self.pending: tuple[Tensor, Batch, int] | None = None
+        self.before_step = getattr(self.model, "before_step", None)
         self.after_step = getattr(self.model, "after_step", None)
 
     @property
@@ -118,7 +121,10 @@ class Loop:
         seed_generators(seed)
         if self.lazy:
             torch.cuda.manual_seed(seed)
-        factor = self.recipe.schedule.factor(self._progress())
+        progress = self._progress()
+        if self.before_step is not None:
+            self.before_step(progress)
+        factor = self.recipe.schedule.factor(progress)
         clip, rate, losses = self.recipe.train.clip_norm, 0.0, {}
         for player, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:

@@ -40,6 +40,10 @@ METRICS: dict[str, Metric] = {
         Metric("mask_map", True, "detection"),
         Metric("knn_accuracy", True, "selfsupervised"),
         Metric("linear_accuracy", True, "selfsupervised"),
+        Metric("verification_accuracy", True, "embedding"),
+        Metric("verification_auc", True, "embedding"),
+        Metric("true_accepts", True, "embedding"),
+        Metric("rank_1", True, "embedding"),
     )
 }
 
@@ -49,6 +53,7 @@ DECIDES = {
     "segmentation": "mean_iou",
     "detection": "map",
     "selfsupervised": "knn_accuracy",
+    "embedding": "true_accepts",
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchive.data.samples import SampleSet
 from torchive.engine.recipe import Recipe, RecipeError
 from torchive.nn.probe import knn_accuracy
+from torchive.nn.verification import verification
 
 
 def represent(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -71,6 +72,13 @@ def probe(
         "knn_accuracy": knn_accuracy(features, labels, train_features, train_labels),
         "linear_accuracy": linear_probe(features, labels, train_features, train_labels),
     }
+
+
+def verify(model: nn.Module, samples: SampleSet, recipe: Recipe, *, rank: int = 0, world: int = 1) -> dict[str, float]:
+    """The figures of ``torchive.nn.verification`` on the features of samples; none without labels."""
+    if samples.task != "classification":
+        return {}
+    return verification(*_features(model, samples, recipe, rank, world))
 
 
 def _features(model: nn.Module, samples: SampleSet, recipe: Recipe, rank: int, world: int) -> tuple[Tensor, Tensor]:

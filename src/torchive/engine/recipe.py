@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-TASKS = ("classification", "detection", "segmentation", "selfsupervised")
+TASKS = ("classification", "detection", "segmentation", "selfsupervised", "embedding")
+#: Tasks whose model gives a representation that is scored by itself: there is nothing to predict.
+REPRESENTING = ("selfsupervised", "embedding")
 
 
 class RecipeError(ValueError):
@@ -39,6 +41,13 @@ class DataSpec:
     ``batch_size`` counts the samples of one optimiser step over all processes. ``channels`` 1 or 3 turns colour into
     grey or grey into colour; None leaves the images as they are. ``fraction`` keeps that share of the training samples.
     ``views`` are options of the procedure's own views, where it makes such.
+
+    ``imbalance`` thins the training classes out to an exponential long tail whose first class is that many times as
+    large as its last; 1 makes them equal, None leaves them. ``held_out`` classes, a number or names, are never trained
+    on, and validation and test hold them alone. The order of the classes along the tail, and which are held out, are a
+    function of ``draw`` and the classes' names. ``sampling`` is the power q of classes drawn in proportion to n_k^q: 1
+    takes the samples as they are, 0 all classes alike; "progressive" goes from 1 to 0 over the run. A procedure's own
+    rule comes first.
     """
 
     source: str = "solar"
@@ -49,6 +58,10 @@ class DataSpec:
     channels: int | None = None
     skip_faulty: bool = False
     fraction: float = 1.0
+    imbalance: float | None = None
+    held_out: int | list[str] = 0
+    draw: int = 0
+    sampling: float | Literal["progressive"] = 1.0
     views: dict[str, Any] = field(default_factory=dict)
 
 
@@ -57,6 +70,7 @@ class ScheduleSpec:
     """The learning rate over a run: linear warm-up over the share ``warmup``, then cosine, constant or steps.
 
     ``milestones`` are shares of the run at which "step" multiplies by ``gamma``; "cosine" ends at the share ``final``.
+    At the shares ``restarts`` the whole begins again, for procedures that train in stages.
     """
 
     name: Literal["cosine", "constant", "step"] = "cosine"
@@ -64,11 +78,15 @@ class ScheduleSpec:
     final: float = 0.0
     milestones: list[float] = field(default_factory=lambda: [0.6, 0.85])
     gamma: float = 0.1
+    restarts: list[float] = field(default_factory=list)
 
     def factor(self, progress: float) -> float:
         """The multiple of the base rate at a share of the run, 0 to 1."""
         from math import cos, pi
 
+        begin = max([0.0, *(share for share in self.restarts if share <= progress)])
+        end = min([1.0, *(share for share in self.restarts if share > progress)])
+        progress = (progress - begin) / (end - begin)
         if self.warmup > 0 and progress < self.warmup:
             return max(progress / self.warmup, 0.01)
         if self.name == "cosine":

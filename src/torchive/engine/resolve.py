@@ -11,6 +11,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 _SECTIONS = {"data": DataSpec, "schedule": ScheduleSpec, "train": TrainSpec}
 _SPECS = ("model", "optimizer")
 #: Arguments that the data fill in where a class takes them, and the keys under which a nested class takes them too.
-FILLED = ("num_classes", "in_channels")
+FILLED = ("num_classes", "class_counts", "in_channels")
 _NETWORKS = ("network", "backbone", "encoder", "model", "student", "teacher")
 
 
@@ -268,15 +269,17 @@ def _parameters(cls: Any) -> list[str]:
 
 
 def filled(spec: Mapping[str, Any], given: Mapping[str, Any], key: str = "model") -> dict[str, Any]:
-    """A class spec with ``num_classes`` and ``in_channels`` put in where a class takes them and none stands there."""
+    """A class spec with ``FILLED`` put in where a class takes them and none stands there; a function is asked for its
+    value only then.
+    """
     cls, arguments = import_class(spec["class_path"]), dict(spec["init_args"])
     for name, value in arguments.items():
         if isinstance(value, dict) and "class_path" in value:
             arguments[name] = filled({"init_args": {}, **value}, given, name)
     taken = _parameters(cls)
-    for name in FILLED if key in _NETWORKS else FILLED[:1]:
-        if name in taken and name in given:
-            arguments.setdefault(name, given[name])
+    for name in FILLED if key in _NETWORKS else FILLED[:2]:
+        if name in taken and name in given and name not in arguments:
+            arguments[name] = given[name]() if callable(given[name]) else given[name]
     return {"class_path": spec["class_path"], "init_args": arguments}
 
 
@@ -295,7 +298,7 @@ def _typed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         parser.add_argument(f"--{key}", type=cls, default=cls())
     parser.add_subclass_arguments(nn.Module, "model", required=True)
     parser.add_subclass_arguments(Optimizer, "optimizer", skip={"params"}, required="optimizer" in values)
-    trial = {**values, "model": filled(values["model"], {"num_classes": 2, "in_channels": 3})}
+    trial = {**values, "model": filled(values["model"], {"num_classes": 2, "in_channels": 3, "class_counts": [1, 1]})}
     try:
         return parser.parse_object(trial).as_dict()
     except ArgumentError as error:
@@ -343,6 +346,9 @@ def _bounds(recipe: Recipe) -> Iterator[tuple[str, Any, bool]]:
     yield "data.image_size", data.image_size, data.image_size is None or data.image_size >= 1
     yield "data.workers", data.workers, data.workers >= 0
     yield "data.fraction", data.fraction, 0 < data.fraction <= 1
+    yield "data.imbalance", data.imbalance, data.imbalance is None or data.imbalance >= 1
+    yield "data.held_out", data.held_out, not isinstance(data.held_out, int) or data.held_out >= 0
+    yield "data.sampling", data.sampling, isinstance(data.sampling, str) or data.sampling >= 0
     yield "data.channels", data.channels, data.channels in (None, 1, 3)
     yield "train.steps", train.steps, train.steps >= 1
     yield "train.seconds", train.seconds, train.seconds is None or train.seconds > 0
@@ -352,3 +358,5 @@ def _bounds(recipe: Recipe) -> Iterator[tuple[str, Any, bool]]:
     yield "train.evaluate_every", train.evaluate_every, train.evaluate_every >= 0
     yield "train.checkpoint_every", train.checkpoint_every, train.checkpoint_every >= 0
     yield "schedule.warmup", schedule.warmup, 0 <= schedule.warmup < 1
+    shares = [0.0, *schedule.restarts, 1.0]
+    yield "schedule.restarts", schedule.restarts, all(a < b for a, b in pairwise(shares))

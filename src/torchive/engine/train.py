@@ -35,6 +35,7 @@ from torchive.engine.processes import any_process, placed, share_buffers, start_
 from torchive.engine.progress import Progress
 from torchive.engine.recipe import Recipe
 from torchive.engine.run import RunFolder, deployable_of
+from torchive.engine.selection import class_order
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ class _Training:
             model = build_model(self.recipe)
             if initial is not None:
                 _copy_shared(model, initial)
-            self.accelerator = start_processes(self.recipe, unused=hasattr(model, "players"))
+            self.accelerator = start_processes(
+                self.recipe, unused=hasattr(model, "players") or hasattr(model, "before_step")
+            )
             self.main = self.accelerator.is_main_process
             resuming = self.folder.begin(self.recipe, resume=resume) if self.main else False
             self.accelerator.wait_for_everyone()
@@ -187,6 +190,7 @@ class _Training:
             rank=self.accelerator.process_index,
             world=world,
             drop_last=len(samples) >= data.batch_size,
+            order=class_order(self.recipe, samples, getattr(model, "sampling", None)),
         )
 
     def _log(self, loop: Loop, step: Step, bar: Progress) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,6 +37,27 @@ class Subset:
 
     def __getitem__(self, index: int) -> Sample:
         return self.samples[self.indices[index]]
+
+
+class SomeClasses:
+    """Some classes of a classification set, by name; their labels count from 0 in the order given."""
+
+    task = "classification"
+
+    def __init__(self, samples: SampleSet, classes: Sequence[str]) -> None:
+        new = {samples.classes.index(name): place for place, name in enumerate(classes)}
+        known = labels_of(samples)
+        self.samples, self.indices = samples, [i for i, label in enumerate(known) if label in new]
+        self.labels = [new[known[i]] for i in self.indices]
+        self.name, self.classes, self.channels = samples.name, tuple(classes), samples.channels
+        self.licence, self.origin, self.left_out = samples.licence, samples.origin, samples.left_out
+        self.ids: Sequence[str] = tuple(samples.ids[i] for i in self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        return replace(self.samples[self.indices[index]], target=self.labels[index])
 
 
 class MasksAsClasses:
@@ -77,7 +99,7 @@ def as_task(samples: SampleSet, task: str) -> SampleSet:
     Raises:
         RecipeError: they are of a task that cannot serve this one.
     """
-    if samples.task == task or task == "selfsupervised":
+    if samples.task == task or task == "selfsupervised" or (samples.task, task) == ("classification", "embedding"):
         return samples
     if (samples.task, task) == ("detection", "segmentation"):
         return MasksAsClasses(samples)
@@ -89,5 +111,11 @@ def as_task(samples: SampleSet, task: str) -> SampleSet:
 
 
 def labels_of(samples: SampleSet) -> list[Any]:
-    """The class of each sample of a classification set."""
-    return [samples[i].target for i in range(len(samples))]
+    """The class of each sample of a classification set; images are read only where the set cannot tell otherwise."""
+    if isinstance(samples, Subset):
+        inside = labels_of(samples.samples)
+        return [inside[i] for i in samples.indices]
+    known = getattr(samples, "labels", None)
+    if known is None:
+        return [samples[i].target for i in range(len(samples))]
+    return [int(label) for label in known]

@@ -23,6 +23,7 @@ from torchive.transforms.steps import AUGMENTATIONS, CUTTING, DEFAULTS, RandomIo
 #: ImageNet's statistics, which pretrained networks expect; for one channel their means over the three colours.
 _COLOUR = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _GREY = ((0.449,), (0.226,))
+_AS_CLASSIFICATION = ("embedding", "selfsupervised")
 _MARGIN = 1.125  # a random crop is cut from an image this much larger
 _VIEW_MARGIN = 1.5  # and views from one this much larger
 _MOST = 89_478_485  # pixels after resizing, as many as are read from a file
@@ -65,10 +66,11 @@ def build(
     - segmentation: image and mask become ``image_size`` squared (the sides' ratio is not kept); in training cut as
       above.
     - detection: the longer side becomes ``image_size``; the ratio is kept, boxes and masks follow.
+    - embedding: as classification.
     - selfsupervised: as classification; ``augment`` may be a callable that makes the views.
 
     Args:
-        task: classification, detection, segmentation or selfsupervised.
+        task: classification, detection, segmentation, embedding or selfsupervised.
         image_size: pixels of the side; None leaves the images as they are.
         train: whether to augment.
         channels: 1 or 3 turns colour into grey or grey into colour; None leaves them as they are.
@@ -79,8 +81,8 @@ def build(
     Raises:
         ValueError: an unknown task or name, or a size below 1.
     """
-    if task not in (*AUGMENTATIONS, "selfsupervised"):
-        raise ValueError(f"task must be one of {', '.join((*AUGMENTATIONS, 'selfsupervised'))}, got {task!r}")
+    if task not in (*AUGMENTATIONS, *_AS_CLASSIFICATION):
+        raise ValueError(f"task must be one of {', '.join((*AUGMENTATIONS, *_AS_CLASSIFICATION))}, got {task!r}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}")
     if channels not in (None, 1, 3):
@@ -89,7 +91,7 @@ def build(
         if not train:
             return Pipeline(task, image_size, channels, (), 1.0)
         return Pipeline(task, image_size, channels, (), _VIEW_MARGIN, views=augment)
-    known = "classification" if task == "selfsupervised" else task
+    known = "classification" if task in _AS_CLASSIFICATION else task
     named = {"default": DEFAULTS[known], "none": ()}
     names = list(named.get(augment, (augment,)) if isinstance(augment, str) else augment)
     if augment == "default" and image_size is None:

@@ -1,0 +1,120 @@
+"""Which samples a recipe trains on and how often: a long tail of classes, classes held out, sampling by class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from torchive.data.class_sampler import ClassSampler, class_probabilities, progressive_probabilities
+from torchive.data.samples import SampleSet, unit
+from torchive.engine.recipe import Recipe, RecipeError
+from torchive.engine.views import SomeClasses, Subset, labels_of
+
+
+def class_counts(samples: SampleSet) -> list[int]:
+    """How many samples each class has. Raises RecipeError where samples have no class."""
+    _require_classes(samples, "class counts")
+    return torch.tensor(labels_of(samples), dtype=torch.long).bincount(minlength=len(samples.classes)).tolist()
+
+
+def tail_order(classes: Sequence[str], seed: int) -> list[int]:
+    """The classes from the head of a long tail to its end, by the hash of their names."""
+    return sorted(range(len(classes)), key=lambda k: unit(f"tail/{classes[k]}", seed))
+
+
+def tail_counts(sizes: Sequence[int], ratio: float) -> list[int]:
+    """How many samples each class keeps, head first, of the sizes that it has.
+
+    n_r = n_0 ratio ** (-r / (K - 1)), with the largest n_0 that every class can serve, at least one sample each. So
+    the profile is exact for any data, and ratio 1 makes all classes as small as the smallest.
+    """
+    share = [ratio ** (-rank / max(len(sizes) - 1, 1)) for rank in range(len(sizes))]
+    head = min(size / part for size, part in zip(sizes, share, strict=True))
+    return [min(max(round(head * part), 1), size) for size, part in zip(sizes, share, strict=True)]
+
+
+def long_tail(samples: SampleSet, ratio: float, *, seed: int = 0) -> SampleSet:
+    """A set whose classes are thinned out exponentially; see ``tail_counts`` and ``tail_order``.
+
+    In each class the samples whose ids come first by their hash stay, so that a longer tail is a part of a shorter one
+    wherever its head is not larger.
+
+    Raises:
+        RecipeError: the samples have no classes, or a class has no sample.
+    """
+    _require_classes(samples, "data.imbalance")
+    members: list[list[int]] = [[] for _ in samples.classes]
+    for index, label in enumerate(labels_of(samples)):
+        members[label].append(index)
+    empty = [name for name, found in zip(samples.classes, members, strict=True) if not found]
+    if empty:
+        raise RecipeError(f"{samples.name}: data.imbalance needs samples of each class; {empty[0]!r} has none")
+    order = tail_order(samples.classes, seed)
+    kept: list[int] = []
+    for k, count in zip(order, tail_counts([len(members[k]) for k in order], ratio), strict=True):
+        kept += sorted(members[k], key=lambda i: unit(samples.ids[i], seed=1))[:count]
+    return Subset(samples, sorted(kept))
+
+
+def held_out_classes(classes: Sequence[str], held_out: int | Sequence[str], seed: int) -> set[str]:
+    """The names of the classes that are held out: those given, or that many by the hash of their names.
+
+    Raises:
+        RecipeError: an unknown name, or fewer than two classes would be left to train on or to hold out.
+    """
+    if isinstance(held_out, int):
+        chosen = set(sorted(classes, key=lambda name: unit(f"held out/{name}", seed))[:held_out])
+    else:
+        chosen = set(held_out)
+        unknown = sorted(chosen - set(classes))
+        if unknown:
+            raise RecipeError(f"data.held_out: no class {unknown[0]!r}; there are {', '.join(classes)}")
+    if not 2 <= len(chosen) <= len(classes) - 2:
+        raise RecipeError(
+            f"data.held_out: {len(chosen)} would be held out of {len(classes)} classes; either side needs two at least"
+        )
+    return chosen
+
+
+def without_held_out(samples: SampleSet, held_out: int | Sequence[str], *, seed: int = 0, train: bool) -> SampleSet:
+    """The training split without the held-out classes, or another split with nothing else. Raises RecipeError."""
+    _require_classes(samples, "data.held_out")
+    chosen = held_out_classes(samples.classes, held_out, seed)
+    return SomeClasses(samples, [name for name in samples.classes if (name in chosen) is not train])
+
+
+def class_order(
+    recipe: Recipe, samples: SampleSet, own: Callable[[float], float] | None = None
+) -> Callable[[int], list[int]] | None:
+    """The order of each epoch under ``data.sampling``, or under a procedure's own rule; None for the plain one.
+
+    Raises:
+        RecipeError: the samples have no classes, or the rule changes over a run whose length in steps is not known.
+    """
+    sampling, train = recipe.data.sampling, recipe.train
+    if own is None and sampling == 1:
+        return None
+    if train.seconds is not None and (own is not None or isinstance(sampling, str)):
+        raise RecipeError("sampling that changes over the run needs a budget in steps, got one in seconds")
+    counts = torch.tensor(class_counts(samples))
+    known = {} if own is not None or isinstance(sampling, str) else {sampling: class_probabilities(counts, sampling)}
+
+    def rule(progress: float) -> torch.Tensor | None:
+        if own is None and isinstance(sampling, str):
+            return progressive_probabilities(counts, progress)
+        power = own(progress) if own is not None else float(sampling)
+        if power == 1:
+            return None
+        if power not in known:
+            known[power] = class_probabilities(counts, power)
+        return known[power]
+
+    return ClassSampler(
+        labels_of(samples), rule, seed=train.seed, batch_size=recipe.data.batch_size, steps=train.steps
+    ).order
+
+
+def _require_classes(samples: SampleSet, what: str) -> None:
+    if samples.task != "classification":
+        raise RecipeError(f"{samples.name}: {what} need one class for each sample; this set is for {samples.task}")
