@@ -49,6 +49,21 @@ def _verdict(a: argparse.Namespace) -> int:
     return _emit(a, verdict.verdict_rows(), verdict.render_verdicts)
 
 
+def _matrix(a: argparse.Namespace) -> int:
+    from torchive.catalogue.matrix import render_matrix
+    from torchive.engine.matrix import Cell, measure_matrix, record_matrix
+
+    cells: dict[str, dict[str, Cell]] = {}
+    for method, network, cell in measure_matrix(a.methods, a.networks or ()):
+        cells.setdefault(method, {})[network] = cell
+        print(f"{method} in {network}: {cell.state}", file=sys.stderr, flush=True)
+    if a.write:
+        record_matrix(cells)
+    rows = {method: {network: cell.as_dict() for network, cell in row.items()} for method, row in cells.items()}
+    _emit(a, rows, render_matrix)
+    return int(any(cell.state == "fails" for row in cells.values() for cell in row.values()))
+
+
 def _emit(a: argparse.Namespace, values: Any, render: Callable[[Any], str]) -> int:
     print(json.dumps(values, indent=1, ensure_ascii=False) if a.json else render(values))
     return 0
@@ -208,6 +223,12 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb("verdict", _verdict, "ship, build or watch, computed from the evidence of all measured methods")
     p.add_argument("--write", action="store_true", help="also write each verdict into its method's evidence")
+    _json(p)
+
+    p = verb("matrix", _matrix, "convert, train and export blocks in networks of six families")
+    p.add_argument("methods", nargs="*", help="blocks; all built ones by default")
+    p.add_argument("--networks", nargs="+", metavar="NAME", help="such as ResNet-18; all six by default")
+    p.add_argument("--write", action="store_true", help="also record the cells, for the docs")
     _json(p)
 
     p = verb("train", _train, "train a recipe, resuming what was stopped")

@@ -1,4 +1,5 @@
-"""Rewrite what is generated from the cards: the index, the typed stub of the lazy names and the README's table.
+"""Rewrite what is generated from the cards: the index, the typed stub of the lazy names, the README's table and
+the page of the compatibility matrix.
 
 ``python -m torchive.catalogue.generate`` writes; ``--check`` only says what is stale, with exit status 1.
 """
@@ -12,9 +13,11 @@ from pathlib import Path
 
 from torchive.catalogue.evidence import evidence_of, steps_reached
 from torchive.catalogue.index import INDEX, build_index
+from torchive.catalogue.matrix import page_text
 
 PACKAGE = Path(__file__).parents[1]
 README = PACKAGE.parents[1] / "README.md"
+MATRIX_PAGE = PACKAGE.parents[1] / "docs" / "matrix.md"
 BEGIN, END = "<!-- built: generated, see `make generate` -->", "<!-- /built -->"
 
 
@@ -77,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     targets = {INDEX: index_text(), PACKAGE / "__init__.pyi": stub_text()}
     if README.exists() and BEGIN in README.read_text(encoding="utf-8"):
         targets[README] = readme_text()
+        targets[MATRIX_PAGE] = page_text()
     stale = [p for p, text in targets.items() if not p.exists() or p.read_text(encoding="utf-8") != text]
     for path in stale:
         print(f"{'stale' if check else 'wrote'}: {path.name}")

@@ -1,0 +1,172 @@
+"""The compatibility matrix: every block in networks of six families, converted, trained for 20 steps and exported.
+
+A cell says how many places changed, what it weighs, that the loss falls, and the gap of the ONNX file; or why the pair
+makes no sense, in the words of the conversion that refused. ``torchive matrix --write`` records it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchive.catalogue import get_card, list_methods
+from torchive.catalogue.matrix import MATRIX, render_matrix
+from torchive.engine.checkpoint import write_atomically
+from torchive.engine.conversion import ConversionError
+from torchive.engine.convert import convert
+from torchive.engine.export import ExportError, OnnxModel, gap_to_torch, write_onnx
+
+STEPS, BATCH, SIZE = 20, 4, 64
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method in one network.
+
+    Attributes:
+        state: "works", "no sense" (the conversion refuses) or "fails".
+        why: of the latter two.
+        places: changed modules. parameters: before and after. loss: of the first and the last step.
+        gap: the largest absolute difference of the ONNX file's outputs at another batch size than it was written with.
+    """
+
+    state: str
+    why: str = ""
+    places: int = 0
+    parameters: tuple[int, int] = (0, 0)
+    loss: tuple[float, float] = field(default=(0.0, 0.0))
+    gap: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is recorded: the fields that say something."""
+        values = {key: value for key, value in asdict(self).items() if value not in ("", 0, (0, 0), (0.0, 0.0))}
+        return dict(json.loads(json.dumps(values)))
+
+
+#: Heading -> where the network comes from; a name without a library is made below.
+NETWORKS = {
+    "ResNet-18": "timm/resnet18",
+    "MobileNetV3": "timm/mobilenetv3_small_100",
+    "EfficientNet-Lite0": "timm/efficientnet_lite0",
+    "ConvNeXt-atto": "timm/convnext_atto",
+    "Faster R-CNN backbone": "detector",
+    "U-Net": "unet",
+}
+
+
+def make_network(heading: str) -> nn.Module:
+    """A network of the matrix with random weights.
+
+    Raises:
+        ValueError: no such heading.
+    """
+    if heading not in NETWORKS:
+        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {heading!r}")
+    library, _, name = NETWORKS[heading].rpartition("/")
+    model: nn.Module
+    if library:
+        import timm
+
+        model = timm.create_model(name, num_classes=4)
+    elif name == "detector":
+        from torchvision.models.detection import fasterrcnn_resnet50_fpn
+
+        model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None).backbone
+    else:
+        from torchive.nn.unet import UNet
+
+        model = UNet(num_classes=2, widths=(8, 16, 32, 64), deep_supervision=False)
+    return model
+
+
+def blocks() -> list[str]:
+    """The built methods that enter networks of images."""
+    return [name for name in list_methods(state="built") if get_card(name).host.get("layout") == "NCHW"]
+
+
+def measure_cell(method: str, network: str) -> Cell:
+    """Convert, train on one batch with fixed random targets, export.
+
+    Raises:
+        ValueError: no such network. KeyError: no such method.
+    """
+    get_card(method)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        model = make_network(network)
+        before = sum(p.numel() for p in model.parameters())
+        try:
+            changed = convert(model, method)
+        except ConversionError as error:
+            return Cell("no sense", str(error).partition(": ")[2] or str(error))
+        after = sum(p.numel() for p in model.parameters())
+        known: dict[str, Any] = {"places": len(changed.changes), "parameters": (before, after)}
+        try:
+            losses = _train(model)
+            gap = _export(model)
+        except (ExportError, RuntimeError, ValueError) as error:
+            return Cell("fails", " ".join(str(error).split())[:200], **known)
+    known["loss"] = tuple(float(f"{value:.4g}") for value in losses)
+    if not losses[1] < losses[0]:
+        return Cell("fails", f"the loss goes from {losses[0]:.4g} to {losses[1]:.4g}", **known)
+    return Cell("works", gap=float(f"{gap:.2g}"), **known)
+
+
+def _train(model: nn.Module) -> tuple[float, float]:
+    """First and last loss of 20 steps towards fixed random outputs."""
+    model.train()
+    images = torch.rand(BATCH, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        targets = [torch.randn_like(output) for output in _tensors(model(images))]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    first = loss = torch.tensor(float("nan"))
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        outputs = _tensors(model(images))
+        loss = sum((nn.functional.mse_loss(o, t) for o, t in zip(outputs, targets, strict=True)), torch.zeros(()))
+        loss.backward()
+        optimizer.step()
+        first = loss if step == 0 else first
+    return float(first), float(loss)
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _export(model: nn.Module) -> float:
+    model.eval()
+    images = torch.rand(3, 3, SIZE, SIZE)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        structure = write_onnx(model, images[:2], path, dynamic=(0,))
+        return gap_to_torch(model, OnnxModel(path, structure), images)
+
+
+def measure_matrix(methods: Sequence[str] = (), networks: Sequence[str] = ()) -> Iterator[tuple[str, str, Cell]]:
+    """(method, network, cell), one after the other; of all built blocks and all networks by default."""
+    names = [get_card(name).name for name in methods] or blocks()
+    for name in names:
+        for network in networks or NETWORKS:
+            yield name, network, measure_cell(name, network)
+
+
+def record_matrix(cells: Mapping[str, Mapping[str, Cell]], path: Path = MATRIX) -> str:
+    """Lay cells over the recorded ones, drop methods that are no blocks any more, and return the table."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for method, row in cells.items():
+        known[method] = {**known.get(method, {}), **{network: cell.as_dict() for network, cell in row.items()}}
+    kept = {method: known[method] for method in sorted(known) if method in blocks()}
+    write_atomically(path, (json.dumps(kept, indent=1, ensure_ascii=False) + "\n").encode())
+    return render_matrix(kept)
