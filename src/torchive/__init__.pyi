@@ -11,6 +11,13 @@ from torchive.engine.predict import predict as predict
 from torchive.engine.recipe import load_recipe as load_recipe
 from torchive.engine.run import load_run as load_run
 from torchive.engine.train import train as train
+from torchive.methods.blocks.attentional_pooling import ActionPoseLoss as ActionPoseLoss
+from torchive.methods.blocks.attentional_pooling import AttentionalNetwork as AttentionalNetwork
+from torchive.methods.blocks.attentional_pooling import AttentionalPooling as AttentionalPooling
+from torchive.methods.blocks.attentional_pooling import BottomUpPool as BottomUpPool
+from torchive.methods.blocks.attentional_pooling import PoseAttentionalPooling as PoseAttentionalPooling
+from torchive.methods.blocks.attentional_pooling import gaussian_heatmaps as gaussian_heatmaps
+from torchive.methods.blocks.attentional_pooling import head_weights as head_weights
 from torchive.methods.blocks.dynamic_relu import DynamicReLU as DynamicReLU
 from torchive.methods.blocks.gcnet import GlobalContext as GlobalContext
 from torchive.methods.blocks.gcnet import NonLocal as NonLocal
@@ -34,6 +41,11 @@ from torchive.methods.explanation.grad_cam import overlay as overlay
 from torchive.methods.explanation.grad_cam import pointing_game as pointing_game
 from torchive.methods.explanation.grad_cam import randomisation_check as randomisation_check
 from torchive.methods.losses.circle_loss import CircleLoss as CircleLoss
+from torchive.methods.losses.focal_loss import FocalLoss as FocalLoss
+from torchive.methods.losses.focal_loss import focal_sigmoid as focal_sigmoid
+from torchive.methods.losses.focal_loss import focal_softmax as focal_softmax
+from torchive.methods.losses.focal_loss import init_classifier as init_classifier
+from torchive.methods.losses.focal_loss import prior_bias as prior_bias
 from torchive.methods.segmentation.attention_unet import AttentionGate as AttentionGate
 from torchive.methods.segmentation.attention_unet import AttentionUNet as AttentionUNet
 from torchive.methods.training.simclr import MarginTripletLoss as MarginTripletLoss

@@ -217,14 +217,18 @@ def _refusal(model: nn.Module, name: str, module: nn.Module, rule: Rule, trace: 
         accepts = getattr(rule.new, "accepts", None)
         if accepts is None or not accepts(module):
             return f"{type(module).__name__} computes more than {rule.old.__name__}"
-    if not any(True for _ in module.parameters()):
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if (
-            re.search(r"squeeze|^se(?![a-z])|^SE", type(parent).__name__, re.IGNORECASE | re.ASCII)
-            and calls[0].positions == 1
-        ):
-            return "inside a squeeze-and-excitation gate"
+    pooled = 1 in (calls[0].positions, *(output.positions for output in trace.outputs[id(module)]))
+    plain = not any(True for _ in module.parameters())
+    if plain and pooled and _is_gate(model.get_submodule(name.rpartition(".")[0])):
+        return "inside a squeeze-and-excitation gate"
     return None
+
+
+def _is_gate(module: nn.Module) -> bool:
+    """Whether it is called like a squeeze-and-excitation gate, or is a plain sequence that ends in a sigmoid."""
+    if type(module) is nn.Sequential and len(module):
+        return isinstance(module[-1], nn.Sigmoid | nn.Hardsigmoid)
+    return re.search(r"(?i:squeeze)|^(?:SE|se)(?![a-z])", type(module).__name__) is not None
 
 
 def _swap(

@@ -1,0 +1,93 @@
+"""The bottom-up map, and the pooling layer that it weights."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Attention = Literal["linear", "relu", "softmax"]
+ATTENTIONS = ("linear", "relu", "softmax")
+
+
+def saliency(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """h = X b + c: (N, C, L) features, (M, C) and (M,) to (N, M, L) maps; any strides, nothing is copied."""
+    maps = torch.bmm(weight.to(x.dtype).expand(x.shape[0], -1, -1), x)
+    return maps + bias.to(x.dtype)[:, None]
+
+
+def attend(maps: Tensor, attention: Attention) -> Tensor:
+    """The maps (N, M, L) as they are, cut at zero, or with a soft-max over positions, in float32 or better."""
+    if attention == "relu":
+        return maps.relu()
+    if attention == "softmax":
+        return maps.softmax(-1, dtype=torch.promote_types(maps.dtype, torch.float32)).to(maps.dtype)
+    return maps
+
+
+def weighted_means(maps: Tensor, x: Tensor) -> Tensor:
+    """mean_l h_ml x_l: (N, M, L) and (N, C, L) to (N, M, C)."""
+    return torch.bmm(maps, x.transpose(1, 2)) / x.shape[2]
+
+
+class BottomUpPool(nn.Module):
+    """Global pooling (N, C, *S) to (N, C, 1..) that weights each position by a learnt map: mean_l (b . x_l + c) x_l.
+
+    A linear layer behind it gives rank-1 attentional pooling. A new layer is exactly the mean over positions.
+
+    Args:
+        channels: C.
+        attention: what the map goes through: "linear" (nothing), "relu" or "softmax", which has no new layer equal to
+            the mean but for the factor 1 / L and is therefore not divided by L here.
+        flatten: whether the result is (N, C).
+
+    Raises:
+        ValueError: ``channels`` below one, an unknown ``attention``; in ``forward``, another number of channels.
+    """
+
+    def __init__(self, channels: int, *, attention: Attention = "linear", flatten: bool = False) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be >= 1, got {channels}")
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        self.channels, self.attention, self.flatten = channels, attention, flatten
+        self.weight = nn.Parameter(torch.zeros(channels))  # b
+        self.bias = nn.Parameter(torch.ones(1))
+
+    @classmethod
+    def from_module(cls, old: nn.Module, *, channels: int, **options: Any) -> BottomUpPool:
+        """The layer that takes a global mean's place.
+
+        Raises:
+            ValueError: ``old`` does not pool to one position, or has its channels last.
+        """
+        size = getattr(old, "output_size", 1)
+        if any(side != 1 for side in (size if isinstance(size, tuple | list) else (size,))):
+            raise ValueError(f"it pools to one position, got an output size of {size}")
+        axes: Any = getattr(old, "dim", ())
+        if 1 in axes:
+            raise ValueError(f"channels are expected on axis 1, got a mean over axes {tuple(axes)}")
+        return cls(channels, **{"flatten": bool(getattr(old, "flatten", False)), **options})
+
+    def maps(self, x: Tensor) -> Tensor:
+        """The weights of the positions: (N, C, *S) to (N, 1, *S)."""
+        return self._maps(self._flat(x)).unflatten(2, x.shape[2:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self._flat(x)  # (N, C, L)
+        y = weighted_means(self._maps(flat), flat).squeeze(1)  # (N, C)
+        return y if self.flatten else y.view(*y.shape, *[1] * (x.ndim - 2))
+
+    def _flat(self, x: Tensor) -> Tensor:
+        if x.ndim < 3 or x.shape[1] != self.channels:
+            raise ValueError(f"expected (N, {self.channels}, *S), got shape {tuple(x.shape)}")
+        return x.flatten(2)
+
+    def _maps(self, flat: Tensor) -> Tensor:
+        maps = attend(saliency(flat, self.weight[None], self.bias), self.attention)
+        return maps * flat.shape[2] if self.attention == "softmax" else maps
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, attention={self.attention}, flatten={self.flatten}"
