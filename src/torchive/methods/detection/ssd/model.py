@@ -14,6 +14,7 @@ from torchvision.ops import box_iou
 from torchive.methods.detection.ssd.decode import decode
 from torchive.methods.detection.ssd.loss import multibox_loss
 from torchive.methods.detection.ssd.sources import PyramidSources, VGGSources
+from torchive.methods.losses.focal_loss import init_classifier
 from torchive.ops.anchors import default_boxes, default_scales, default_shapes
 from torchive.ops.images import check_images, check_targets, image_sizes, stack_resized
 from torchive.ops.matching import match_default_boxes
@@ -42,6 +43,9 @@ class SSD(nn.Module):
         lite: depthwise separable heads, as in SSDLite.
         iou_threshold: a default box overlapping an object by more is positive.
         alpha: weight of the localisation loss.
+        loss: of sigmoid logits and their truths, with ``reduction`` "none", such as ``FocalLoss``; binary
+            cross-entropy if None.
+        prior: with sigmoids, the score of every default box at the start, by the bias; None leaves it.
 
     Raises:
         ValueError: an argument outside the above; in ``forward``, an image smaller than VGG-16's sources need.
@@ -63,6 +67,8 @@ class SSD(nn.Module):
         lite: bool = False,
         iou_threshold: float = 0.5,
         alpha: float = 1.0,
+        loss: nn.Module | None = None,
+        prior: float | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 1 or image_size < 1:
@@ -72,6 +78,11 @@ class SSD(nn.Module):
                 "expected classification softmax or sigmoid and default_box_set paper or torchvision, "
                 f"got {classification!r} and {default_box_set!r}"
             )
+        if classification == "softmax" and (loss is not None or prior is not None):
+            raise ValueError("loss and prior are for classification sigmoid, got softmax")
+        if loss is not None and getattr(loss, "reduction", "none") != "none":
+            raise ValueError(f"loss must have the reduction none, got {loss.reduction!r}")
+        self.loss = loss
         self.num_classes, self.in_channels, self.image_size = num_classes, in_channels, image_size
         self.classification, self.mining_ratio = classification, mining_ratio
         self.iou_threshold, self.alpha = iou_threshold, alpha
@@ -103,6 +114,9 @@ class SSD(nn.Module):
         self.head: nn.Module = (
             SSDLiteHead(channels, per_cell, outputs, nn.BatchNorm2d) if lite else SSDHead(channels, per_cell, outputs)
         )
+        for layer in self.head.classification_head.modules() if prior is not None else ():  # type: ignore[union-attr]
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                init_classifier(layer, prior=prior)
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
         """``logits`` (N, A, K + 1) or (N, A, K), ``deltas`` (N, A, 4), ``anchors`` (A, 4) in fractions of the image."""
@@ -142,6 +156,7 @@ class SSD(nn.Module):
             mode=self.classification,
             mining_ratio=self.mining_ratio,
             alpha=self.alpha,
+            loss=self.loss,
         )
 
     def decode(
