@@ -114,9 +114,10 @@ class SSD(nn.Module):
         self.head: nn.Module = (
             SSDLiteHead(channels, per_cell, outputs, nn.BatchNorm2d) if lite else SSDHead(channels, per_cell, outputs)
         )
-        for layer in self.head.classification_head.modules() if prior is not None else ():  # type: ignore[union-attr]
-            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
-                init_classifier(layer, prior=prior)
+        if prior is not None:
+            for layer in self.head.get_submodule("classification_head").modules():
+                if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                    init_classifier(layer, prior=prior)
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
         """``logits`` (N, A, K + 1) or (N, A, K), ``deltas`` (N, A, 4), ``anchors`` (A, 4) in fractions of the image."""
