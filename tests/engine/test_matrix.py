@@ -37,6 +37,7 @@ def test_a_sample_is_measured_again(method: str, network: str) -> None:
         assert list(found.parameters) == known["parameters"]
         assert found.loss[0] == pytest.approx(known["loss"][0], rel=0.02)  # the same start, on any processor
         assert found.gap < 1e-3
+        assert found.keeps == known.get("keeps", False)
 
 
 def test_a_network_that_is_none_is_refused() -> None:

@@ -37,6 +37,7 @@ class Cell:
         why: of the latter two.
         places: changed modules. parameters: before and after. loss: of the first and the last step.
         gap: the largest absolute difference of the ONNX file's outputs at another batch size than it was written with.
+        keeps: whether the network computes the same after the conversion, to 1e-5, so that trained weights survive it.
     """
 
     state: str
@@ -45,10 +46,11 @@ class Cell:
     parameters: tuple[int, int] = (0, 0)
     loss: tuple[float, float] = field(default=(0.0, 0.0))
     gap: float = 0.0
+    keeps: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """What is recorded: the fields that say something."""
-        values = {key: value for key, value in asdict(self).items() if value not in ("", 0, (0, 0), (0.0, 0.0))}
+        values = {key: value for key, value in asdict(self).items() if value not in ("", 0, (0, 0), (0.0, 0.0), False)}
         return dict(json.loads(json.dumps(values)))
 
 
@@ -105,12 +107,16 @@ def measure_cell(method: str, network: str) -> Cell:
         torch.manual_seed(0)
         model = make_network(network)
         before = sum(p.numel() for p in model.parameters())
+        images = torch.rand(BATCH, 3, SIZE, SIZE)
+        plain = _evaluated(model, images)
         try:
             changed = convert(model, method)
         except ConversionError as error:
             return Cell("no sense", str(error).partition(": ")[2] or str(error))
         after = sum(p.numel() for p in model.parameters())
         known: dict[str, Any] = {"places": len(changed.changes), "parameters": (before, after)}
+        pairs = zip(plain, _evaluated(model, images), strict=True)
+        known["keeps"] = all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-5) for a, b in pairs)
         try:
             losses = _train(model)
             gap = _export(model)
@@ -139,6 +145,11 @@ def _train(model: nn.Module) -> tuple[float, float]:
         optimizer.step()
         first = loss if step == 0 else first
     return float(first), float(loss)
+
+
+def _evaluated(model: nn.Module, images: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return _tensors(model.eval()(images))
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

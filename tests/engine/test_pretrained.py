@@ -1,0 +1,76 @@
+"""Trained weights: they are read right, and a part that starts as the identity leaves what they say."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from torchive.catalogue.matrix import recorded_matrix
+from torchive.data.archives import members
+from torchive.data.faults import DataError
+from torchive.data.packages import obtain, wheel
+from torchive.data.weights import load_weights, weights_info
+from torchive.engine.convert import convert
+from torchive.engine.pretrained import pretrained_network
+
+NAME = "efficientnet_lite0"
+#: Twenty photographs whose names end in their ImageNet class.
+PHOTOGRAPHS = wheel(
+    "foolbox",
+    "3.3.4",
+    "foolbox-3.3.4-py3-none-any.whl",
+    "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
+    1.7,
+)
+KEEP = [m for m, row in recorded_matrix().items() if row["EfficientNet-Lite0"].get("keeps")]
+
+
+@pytest.fixture(scope="module")
+def photographs() -> tuple[Tensor, Tensor]:
+    info = weights_info(NAME)
+    images, labels = [], []
+    for name, content in members(obtain(PHOTOGRAPHS), lambda n: "/imagenet_" in n and n.endswith(".jpg")):
+        image = Image.open(io.BytesIO(content)).convert("RGB").resize((info.size, info.size), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+        images.append((pixels - info.mean) / info.std)
+        labels.append(int(name.rpartition("_")[2].removesuffix(".jpg")))
+    return torch.stack(images), torch.tensor(labels)
+
+
+@pytest.fixture(scope="module")
+def plain(photographs: tuple[Tensor, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return pretrained_network(NAME)(photographs[0])
+
+
+def test_the_weights_know_the_photographs(photographs: tuple[Tensor, Tensor], plain: Tensor) -> None:
+    labels = photographs[1]
+    assert len(labels) == 20
+    assert int((plain.argmax(1) == labels).sum()) >= 17
+    assert int((plain.topk(5).indices == labels[:, None]).any(1).sum()) >= 19
+
+
+def test_a_known_part_keeps_the_function() -> None:
+    assert "gcnet" in KEEP
+
+
+@pytest.mark.parametrize("method", KEEP)
+def test_parts_that_start_as_the_identity_keep_what_was_learnt(
+    method: str, photographs: tuple[Tensor, Tensor], plain: Tensor
+) -> None:
+    model = pretrained_network(NAME)
+    assert convert(model, method).changes
+    with torch.no_grad():
+        found = model.eval()(photographs[0])
+    assert torch.allclose(found, plain, rtol=0, atol=1e-5)
+    assert torch.equal(found.argmax(1), plain.argmax(1))
+
+
+def test_unknown_weights_are_told_with_what_was_meant() -> None:
+    with pytest.raises(DataError, match="did you mean efficientnet_lite0"):
+        load_weights("efficientnet_lite1")
