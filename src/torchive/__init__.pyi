@@ -41,11 +41,14 @@ from torchive.methods.explanation.grad_cam import overlay as overlay
 from torchive.methods.explanation.grad_cam import pointing_game as pointing_game
 from torchive.methods.explanation.grad_cam import randomisation_check as randomisation_check
 from torchive.methods.losses.circle_loss import CircleLoss as CircleLoss
+from torchive.methods.losses.eql import EqualizationLoss as EqualizationLoss
+from torchive.methods.losses.eql import detection_scores as detection_scores
+from torchive.methods.losses.eql import image_counts as image_counts
+from torchive.methods.losses.eql import tail_ratio as tail_ratio
+from torchive.methods.losses.eql import tail_threshold as tail_threshold
 from torchive.methods.losses.focal_loss import FocalLoss as FocalLoss
 from torchive.methods.losses.focal_loss import focal_sigmoid as focal_sigmoid
 from torchive.methods.losses.focal_loss import focal_softmax as focal_softmax
-from torchive.methods.losses.focal_loss import init_classifier as init_classifier
-from torchive.methods.losses.focal_loss import prior_bias as prior_bias
 from torchive.methods.segmentation.attention_unet import AttentionGate as AttentionGate
 from torchive.methods.segmentation.attention_unet import AttentionUNet as AttentionUNet
 from torchive.methods.training.simclr import MarginTripletLoss as MarginTripletLoss

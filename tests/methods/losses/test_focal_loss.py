@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from torchive.methods.detection.ssd import SSD
-from torchive.methods.losses.focal_loss import FocalLoss, focal_sigmoid, focal_softmax, init_classifier, prior_bias
+from torchive.methods.losses.focal_loss import FocalLoss, focal_sigmoid, focal_softmax
+from torchive.nn.prior import init_classifier, prior_bias
 
 GAMMAS = [0.0, 0.5, 1.0, 2.0, 5.0]
 

@@ -7,6 +7,7 @@ Formula  FL(p_t) = -alpha_t (1 - p_t)^gamma log(p_t)                            
          softmax: -w_y (1 - p_y)^gamma log p_y
          dFL/dx = s alpha_t (1 - p_t)^gamma (gamma p_t log p_t + p_t - 1), s = 1 where y = 1, else -1   (appendix B)
          bias of the classifier's last layer at the start: -log((1 - pi) / pi), pi = 0.01             (section 4.1)
+         (``torchive.nn.prior.init_classifier``)
          the sum is divided by the number of positives, at least one                                  (section 4)
 Symbols  x logits, p = sigmoid(x) or softmax(x), y truth, w class weights, gamma focus, alpha weight of positives.
 Differs  the sigmoid form is torchvision's, which has no finite gradient at saturated logits where 0 < gamma < 1; there
@@ -16,7 +17,6 @@ Differs  the sigmoid form is torchvision's, which has no finite gradient at satu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -50,32 +50,6 @@ def focal_softmax(logits: Tensor, labels: Tensor, *, gamma: float = 2.0) -> Tens
         return -own * (-torch.expm1(own)).clamp(min=0) ** gamma
     others = logits.scatter(1, labels[:, None], _NOTHING).logsumexp(1)
     return -own * (gamma * (others - logits.logsumexp(1))).exp()
-
-
-def prior_bias(prior: float = 0.01) -> float:
-    """The bias at which a sigmoid gives ``prior``. Raises ValueError outside (0, 1)."""
-    if not 0 < prior < 1:
-        raise ValueError(f"prior must lie in (0, 1), got {prior}")
-    return -math.log((1 - prior) / prior)
-
-
-def init_classifier(layer: nn.Module, *, prior: float = 0.01, std: float | None = 0.01) -> None:
-    """Start a sigmoid classifier's last layer, linear or convolution, at a probability of ``prior`` everywhere.
-
-    Args:
-        layer: with ``weight`` and ``bias``.
-        prior: pi.
-        std: of the normal weights; None leaves them.
-
-    Raises:
-        ValueError: a layer without bias, or a prior outside (0, 1).
-    """
-    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    if not isinstance(bias, Tensor) or not isinstance(weight, Tensor):
-        raise ValueError(f"expected a layer with weight and bias, got {type(layer).__name__}")
-    nn.init.constant_(bias, prior_bias(prior))
-    if std is not None:
-        nn.init.normal_(weight, std=std)
 
 
 class FocalLoss(nn.Module):

@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 from torchive.methods.detection.ssd.decode import decode
 from torchive.methods.detection.ssd.loss import multibox_loss
 from torchive.methods.detection.ssd.sources import PyramidSources, VGGSources
-from torchive.methods.losses.focal_loss import init_classifier
+from torchive.nn.prior import init_classifier
 from torchive.ops.anchors import default_boxes, default_scales, default_shapes
 from torchive.ops.images import check_images, check_targets, image_sizes, stack_resized
 from torchive.ops.matching import match_default_boxes

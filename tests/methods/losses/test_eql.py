@@ -1,0 +1,210 @@
+"""Equalization loss: a loop reference, the authors' detector loss, who pushes whom, thresholds and image counts."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchive.methods.losses.eql import (
+    PRESETS,
+    EqualizationLoss,
+    detection_scores,
+    image_counts,
+    tail_ratio,
+    tail_threshold,
+)
+from torchive.nn.prior import init_classifier
+
+COUNTS = [500, 300, 150, 40, 8, 2]  # of 1,000: the last three hold 5 %
+K, BACKGROUND = 6, 6
+REPOSITORY, COMMIT = "tztztztztz/eql.detectron2", "29224acf4ea549c53264e6229da69868bd5470f3"
+
+
+def sigmoid_by_loops(x: Tensor, y: Tensor, threshold: float) -> list[float]:
+    values = []
+    for row, k in zip(x.tolist(), y.tolist(), strict=True):
+        total = 0.0
+        for j, z in enumerate(row):
+            p = 1 / (1 + math.exp(-z))
+            own = j == k
+            rare = COUNTS[j] / sum(COUNTS) < threshold
+            w = 1 - (k != BACKGROUND) * rare * (not own)
+            total -= w * math.log(p if own else 1 - p)
+        values.append(total)
+    return values
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.005, 0.1, 1.0])
+def test_sigmoid_form_equals_the_loop_reference(double, record, threshold):
+    x, y = torch.randn(20, K) * 2, torch.randint(0, K + 1, (20,))
+    y[:3] = BACKGROUND
+    values = sigmoid_by_loops(x, y, threshold)
+    loss = EqualizationLoss(class_counts=COUNTS, threshold=threshold, reduction="none").double()
+    largest = (loss(x, y) - torch.tensor(values)).abs().max().item()
+    assert largest < 1e-12
+    truth = F.one_hot(y, K + 1)[:, :K]
+    assert torch.equal(loss(x, truth.double()), loss(x, y))
+    for reduction, expected in (("sum", sum(values)), ("mean", sum(values) / 20)):
+        loss.reduction = reduction
+        assert math.isclose(loss(x, y).item(), expected, rel_tol=1e-12)
+    if threshold == 0.1:
+        record("eql", "referenced", largest_difference=largest, dtype="float64")
+
+
+def test_softmax_form_equals_the_loop_reference_on_the_same_draws(double):
+    x, y = torch.randn(200, K) * 2, torch.randint(0, K, (200,))
+    loss = EqualizationLoss(class_counts=COUNTS, variant="softmax", threshold=0.1, gamma=0.7, reduction="none")
+    torch.manual_seed(4)
+    each = loss(x, y)
+    torch.manual_seed(4)
+    drawn = (torch.rand(200, K) < 0.7).tolist()
+    for n, (row, k) in enumerate(zip(x.tolist(), y.tolist(), strict=True)):
+        below = sum(math.exp(z) * (1 - drawn[n][j] * (COUNTS[j] / 1000 < 0.1) * (j != k)) for j, z in enumerate(row))
+        assert math.isclose(each[n].item(), math.log(below) - row[k], rel_tol=1e-9, abs_tol=1e-12)
+
+
+def test_without_a_tail_or_a_chance_it_is_the_plain_loss(double):
+    x, y = torch.randn(9, K), torch.randint(0, K, (9,))
+    plain = F.binary_cross_entropy_with_logits(x, F.one_hot(y, K).double(), reduction="sum") / 9
+    assert torch.allclose(EqualizationLoss(class_counts=COUNTS, threshold=0)(x, y), plain, atol=1e-15)
+    for options in ({"threshold": 0.0}, {"threshold": 1.0, "gamma": 0.0}):
+        loss = EqualizationLoss(class_counts=COUNTS, variant="softmax", **options)
+        assert torch.allclose(loss(x, y), F.cross_entropy(x, y), atol=1e-15)
+    evaluated = EqualizationLoss(class_counts=COUNTS, variant="softmax", threshold=1.0).eval()
+    assert torch.allclose(evaluated(x, y), F.cross_entropy(x, y), atol=1e-15)
+    equal = EqualizationLoss(class_counts=[7] * K, variant="softmax")
+    assert not equal.rare.any()
+
+
+def test_only_background_and_nobody_else_pushes_a_rare_class_down(double):
+    loss = EqualizationLoss(class_counts=COUNTS, threshold=0.01, reduction="sum")  # classes 4 and 5 are rare
+    x = torch.randn(3, K, requires_grad=True)
+    loss(x, torch.tensor([0, BACKGROUND, 4])).backward()
+    p = x.detach().sigmoid()
+    assert (x.grad[0, 4:] == 0).all()  # an object of another class
+    assert torch.allclose(x.grad[0, :4], p[0, :4] - torch.tensor([1.0, 0, 0, 0]))  # frequent classes compete as ever
+    assert torch.allclose(x.grad[1], p[1])  # background
+    assert torch.allclose(x.grad[2, 4], p[2, 4] - 1)  # its own
+    assert x.grad[2, 5] == 0
+
+
+def test_softmax_gradients(double):
+    """The weighted probabilities sum to one, the truth has p - 1, and what is ignored has nothing."""
+    loss = EqualizationLoss(class_counts=COUNTS, variant="softmax", threshold=0.01, gamma=1.0, reduction="none")
+    x, y = torch.randn(4, K, requires_grad=True), torch.tensor([0, 1, 4, 3])
+    each = loss(x, y)
+    each.sum().backward()
+    p_y = torch.exp(-each.detach())
+    assert torch.allclose(x.grad.gather(1, y[:, None])[:, 0], p_y - 1)
+    assert (x.grad[[0, 1, 3], 4:] == 0).all()
+    assert x.grad[2, 5] == 0
+    assert torch.allclose(x.grad.sum(1), torch.zeros(4))  # the others' shares make up for 1 - p_y
+
+
+def test_draws_are_of_the_given_chance_and_new_for_each_sample_and_class():
+    loss = EqualizationLoss(class_counts=[10, 1, 1], variant="softmax", threshold=0.5, gamma=0.75, reduction="none")
+    x, y = torch.zeros(20000, 3), torch.zeros(20000, dtype=torch.long)
+    competing = torch.exp(loss(x, y)) - 1  # how many of the two rare classes take part
+    shares = [float((competing.round() == n).float().mean()) for n in range(3)]
+    assert shares == pytest.approx([0.75**2, 2 * 0.75 * 0.25, 0.25**2], abs=0.012)
+
+
+def test_matches_the_authors_code(double, record, parity):
+    """Loss, gradients of the classifier, the loss after one step, and the scores with their dummy background."""
+    stored = parity("eql")
+    worst = {"output": 0.0, "gradient": 0.0, "optimiser_step": 0.0}
+    for threshold in (0.0, 0.01, 0.05):
+        given = {k.removeprefix(f"{threshold}."): v for k, v in stored.items() if k.startswith(f"{threshold}.")}
+        loss = EqualizationLoss(class_counts=stored["counts"].tolist(), threshold=threshold, total=3000)
+        layer = nn.Linear(7, 12)
+        layer.weight.data, layer.bias.data = given["w"], given["b"]
+        first = loss(layer(stored["x"]), stored["y"])
+        first.backward()
+        scores = detection_scores(layer(stored["x"])).detach()
+        gradients = [(layer.weight.grad - given["gw"]).abs().max(), (layer.bias.grad - given["gb"]).abs().max()]
+        torch.optim.SGD(layer.parameters(), lr=0.01).step()
+        following = loss(layer(stored["x"]), stored["y"])
+        found = {
+            "output": max((first - given["loss"]).abs().item(), (scores - given["probs"]).abs().max().item()),
+            "gradient": max(gradients).item(),
+            "optimiser_step": (following - given["next"]).abs().item(),
+        }
+        worst = {key: max(worst[key], found[key]) for key in worst}
+    assert len({float(stored[f"{threshold}.loss"]) for threshold in (0.0, 0.01, 0.05)}) == 3
+    assert max(worst.values()) < 1e-6
+    record("eql", "matched", repository=REPOSITORY, commit=COMMIT, largest_difference=max(worst.values()), **worst)
+
+
+def test_the_classifier_starts_as_the_release(parity):
+    layer = nn.Linear(7, 12)
+    init_classifier(layer, prior=0.001)
+    assert torch.allclose(layer.bias.double(), parity("eql")["0.0.b"] - 6)  # recorded with 6 added
+    assert 0.005 < layer.weight.std() < 0.015
+
+
+def test_the_threshold_keeps_the_tail_ratio():
+    assert tail_ratio(COUNTS, 0.1) == pytest.approx(0.05)
+    assert tail_ratio(COUNTS, 0.0) == 0
+    assert tail_ratio(COUNTS, 1.1) == 1
+    assert tail_threshold(COUNTS) == pytest.approx(0.15)  # the next would make a fifth of all rare
+    assert tail_threshold(COUNTS, 0.01) == pytest.approx(0.04)
+    assert tail_threshold([7] * 5) == pytest.approx(1 / 5)
+    loss = EqualizationLoss(class_counts=COUNTS)
+    assert loss.rare.tolist() == [False, False, False, True, True, True]
+    assert torch.allclose(loss.frequency, torch.tensor(COUNTS) / 1000)
+    assert EqualizationLoss(class_counts=COUNTS, threshold=0.1, total=100_000).rare.all()
+
+
+def test_images_are_counted_not_instances(tmp_path):
+    content = {
+        "images": [{"id": i} for i in (1, 2, 3, 4)],
+        "categories": [{"id": 7}, {"id": 3}, {"id": 9}],
+        "annotations": [
+            {"image_id": image, "category_id": category}
+            for image, category in ((1, 7), (1, 7), (1, 7), (2, 7), (2, 3), (3, 3), (3, 3))
+        ],
+    }
+    assert image_counts(content) == ([2, 2, 0], 4)
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(content))
+    assert image_counts(path) == ([2, 2, 0], 4)
+    with pytest.raises(ValueError, match="there is no categories"):
+        image_counts({"images": [], "annotations": []})
+
+
+@pytest.mark.parametrize("variant", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_extremes_stay_finite(variant, dtype):
+    x = (torch.randn(30, K) * 1e4).to(dtype).requires_grad_()
+    value = EqualizationLoss(class_counts=COUNTS, variant=variant, threshold=1.0, gamma=1.0)(x, torch.arange(30) % K)
+    value.backward()
+    assert value.dtype == torch.float32
+    assert torch.isfinite(value)
+    assert torch.isfinite(x.grad).all()
+
+
+def test_bad_arguments_are_named():
+    for options, found in (
+        ({"variant": "tanh"}, "tanh"),
+        ({"reduction": "max"}, "max"),
+        ({"gamma": 2}, "got 2"),
+        ({"class_counts": []}, r"\[\]"),
+        ({"class_counts": [1, -4]}, "-4"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            EqualizationLoss(**{"class_counts": COUNTS, **options})
+    with pytest.raises(ValueError, match="voc"):
+        EqualizationLoss.preset("voc", COUNTS)
+    assert EqualizationLoss.preset("lvis", COUNTS).threshold == PRESETS["lvis"]["threshold"]
+    loss = EqualizationLoss(class_counts=COUNTS)
+    with pytest.raises(ValueError, match=r"\(N, 6\) and N truths, got \(4, 5\)"):
+        loss(torch.randn(4, 5), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"\(4, 6\), got \(4, 5\)"):
+        loss(torch.randn(4, 6), torch.zeros(4, 5))
+    with pytest.raises(TypeError, match=r"torch\.float32"):
+        EqualizationLoss(class_counts=COUNTS, variant="softmax")(torch.randn(4, 6), torch.zeros(4))
