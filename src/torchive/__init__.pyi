@@ -11,6 +11,11 @@ from torchive.engine.predict import predict as predict
 from torchive.engine.recipe import load_recipe as load_recipe
 from torchive.engine.run import load_run as load_run
 from torchive.engine.train import train as train
+from torchive.methods.backbones.san_self_attention import PairwiseAttention as PairwiseAttention
+from torchive.methods.backbones.san_self_attention import PatchwiseAttention as PatchwiseAttention
+from torchive.methods.backbones.san_self_attention import SAN as SAN
+from torchive.methods.backbones.san_self_attention import SANClassifier as SANClassifier
+from torchive.methods.backbones.san_self_attention import load_release as load_release
 from torchive.methods.blocks.attentional_pooling import ActionPoseLoss as ActionPoseLoss
 from torchive.methods.blocks.attentional_pooling import AttentionalNetwork as AttentionalNetwork
 from torchive.methods.blocks.attentional_pooling import AttentionalPooling as AttentionalPooling
@@ -40,6 +45,10 @@ from torchive.methods.explanation.grad_cam import min_max as min_max
 from torchive.methods.explanation.grad_cam import overlay as overlay
 from torchive.methods.explanation.grad_cam import pointing_game as pointing_game
 from torchive.methods.explanation.grad_cam import randomisation_check as randomisation_check
+from torchive.methods.losses.arcface import ArcFaceLoss as ArcFaceLoss
+from torchive.methods.losses.arcface import EmbeddingHead as EmbeddingHead
+from torchive.methods.losses.arcface import flip_sum as flip_sum
+from torchive.methods.losses.arcface import margin_cosine as margin_cosine
 from torchive.methods.losses.circle_loss import CircleLoss as CircleLoss
 from torchive.methods.losses.eql import EqualizationLoss as EqualizationLoss
 from torchive.methods.losses.eql import detection_scores as detection_scores
