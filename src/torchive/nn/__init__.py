@@ -2,15 +2,19 @@
 
 from torchive.nn.classifier import Classifier
 from torchive.nn.cosine_classifier import CosineClassifier, CosineNetwork
+from torchive.nn.embedder import Embedder
 from torchive.nn.network import build_features, build_network
 from torchive.nn.plain import PlainNetwork
+from torchive.nn.pooled import PooledNetwork
 from torchive.nn.segmenter import Segmenter
 
 __all__ = [
     "Classifier",
     "CosineClassifier",
     "CosineNetwork",
+    "Embedder",
     "PlainNetwork",
+    "PooledNetwork",
     "Segmenter",
     "build_features",
     "build_network",
