@@ -19,7 +19,7 @@ arguments of ``check``:
 - ``smallest``: the smallest legal shape; ``too_small``: one that a ValueError refuses; ``divisor``: what H and W must
   be multiples of; ``fixed``: axes that may not vary; ``channel_axis``: 1, or -1 for tokens; ``any_channels``: the class
   does not fix the number of channels; ``same_shape``: a block's output has its input's shape (assumed of inserted
-  blocks).
+  blocks); ``border``: cells that unpadded layers take off a backbone's maps.
 - ``values``: ``normal`` or ``uniform`` in [0, 1); ``scale``: a factor on the drawn inputs.
 - ``may_be_negative``; ``mean_over = "valid"``: a loss whose mean is over the entries that count.
 - ``model``: the network that an explanation explains, ``torchive.testing.models:SmallNetwork`` by default.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -64,17 +65,31 @@ def same_type_in_eval(subject: Subject) -> None:
 
 
 def levels(subject: Subject) -> None:
-    """Each map has the channels and the stride that ``levels`` promises."""
+    """Each map has the channels that ``levels`` promises, and grows by a cell where the input grows by its stride."""
     module, inputs = subject.evaluated(), subject.inputs()
     maps = subject.forward(module, inputs)
     assert len(maps) == len(module.levels), f"{len(maps)} maps, {len(module.levels)} levels"
+    border = int(subject.tiny.get("border", 0))
     for i, (tensor, level) in enumerate(zip(maps, module.levels, strict=True)):
         size = tuple(-(-inputs[0].shape[axis] // level.stride) for axis in (-2, -1))
         assert tensor.shape[1] == level.channels, (
             f"map {i} has {tensor.shape[1]} channels, levels says {level.channels}"
         )
-        off = max(abs(a - b) for a, b in zip(tensor.shape[-2:], size, strict=True))
-        assert off <= 1, f"map {i} is {tuple(tensor.shape[-2:])}, stride {level.stride} makes {size}"
+        fits = [b - border - 1 <= a <= b + 1 for a, b in zip(tensor.shape[-2:], size, strict=True)]
+        assert all(fits), f"map {i} is {tuple(tensor.shape[-2:])}, stride {level.stride} makes {size}"
+    if {2, 3} & set(subject.tiny.get("fixed", ())):
+        return
+    step = math.lcm(*(level.stride for level in module.levels))
+    *rest, height, width = subject.shape
+    with torch.no_grad():
+        grown = subject.forward(module, subject.inputs(shape=(*rest, height + step, width + 2 * step)))
+    for i, (small, large, level) in enumerate(zip(maps, grown, module.levels, strict=True)):
+        more = tuple(b - a for a, b in zip(small.shape[-2:], large.shape[-2:], strict=True))
+        wanted = (step // level.stride, 2 * step // level.stride)
+        assert more == wanted, (
+            f"map {i} grows by {more} cells where the input grows by {(step, 2 * step)} pixels; "
+            f"stride {level.stride} makes {wanted}"
+        )
 
 
 def predict_contract(subject: Subject) -> None:
