@@ -491,6 +491,9 @@ def test_takes_the_place_of_a_convolution(cls):
     assert [change.old for change in report.changes] == ["Conv2d"]
     network(torch.randn(2, 3, 64, 64)).sum().backward()
     assert isinstance(network.layer4[1].conv2, cls)
+    mobile = timm.create_model("mobilenetv3_small_100", num_classes=4)
+    assert len(convert(mobile, cls, "blocks.[234]*conv_dw", replaces=nn.Conv2d).changes) > 4
+    mobile(torch.randn(2, 3, 128, 128)).sum().backward()
     with pytest.raises(ConversionError, match="odd kernels above 1"):
         convert(network, cls, "layer4.0.downsample.0", replaces=nn.Conv2d)
     with pytest.raises(ConversionError, match="not a part of a network"):

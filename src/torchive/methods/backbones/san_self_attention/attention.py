@@ -74,17 +74,23 @@ class _Attention(nn.Module):
         """The layer that takes a convolution's place, with its channels, kernel, stride and dilation.
 
         Raises:
-            ValueError: ``old`` is no square convolution with an odd kernel above 1 and one group.
+            ValueError: ``old`` is no square convolution with an odd kernel above 1 and borders that keep the size, or
+                it has several groups that are more than one channel each.
         """
         if not isinstance(old, nn.Conv2d):
             raise ValueError(f"it replaces a Conv2d, got {type(old).__name__}")
-        sides = {len(set(pair)) for pair in (old.kernel_size, old.stride, old.dilation)}
-        if sides != {1} or old.groups != 1 or old.kernel_size[0] % 2 == 0 or old.kernel_size[0] == 1:
-            raise ValueError(f"it replaces square convolutions of odd kernels above 1 with one group, got {old}")
+        side, apart = old.kernel_size[0], old.dilation[0]
+        square = all(len(set(pair)) == 1 for pair in (old.kernel_size, old.stride, old.dilation))
+        kept = old.padding in ("same", (apart * (side // 2),) * 2)
+        if not square or not kept or side % 2 == 0 or side == 1 or old.groups not in (1, old.in_channels):
+            raise ValueError(
+                "it replaces square convolutions of odd kernels above 1 that keep the size, with one group or one for "
+                f"each channel, got {old}"
+            )
         taken: dict[str, Any] = {
-            "kernel_size": old.kernel_size[0],
+            "kernel_size": side,
             "stride": old.stride[0],
-            "dilation": old.dilation[0],
+            "dilation": apart,
             "share": next(s for s in range(8, 0, -1) if old.out_channels % s == 0),
         }
         return cls(channels, old.out_channels, **{**taken, **options})
