@@ -11,6 +11,16 @@ from torchive.engine.predict import predict as predict
 from torchive.engine.recipe import load_recipe as load_recipe
 from torchive.engine.run import load_run as load_run
 from torchive.engine.train import train as train
+from torchive.methods.backbones.dla import AggregationNode as AggregationNode
+from torchive.methods.backbones.dla import BilinearUp as BilinearUp
+from torchive.methods.backbones.dla import DLA as DLA
+from torchive.methods.backbones.dla import DLASegmenter as DLASegmenter
+from torchive.methods.backbones.dla import DLAUp as DLAUp
+from torchive.methods.backbones.dla import HierarchicalAggregation as HierarchicalAggregation
+from torchive.methods.backbones.dla import IDAUp as IDAUp
+from torchive.methods.backbones.dla import IterativeAggregation as IterativeAggregation
+from torchive.methods.backbones.dla import NestedUp as NestedUp
+from torchive.methods.backbones.dla import SumUp as SumUp
 from torchive.methods.backbones.san_self_attention import PairwiseAttention as PairwiseAttention
 from torchive.methods.backbones.san_self_attention import PatchwiseAttention as PatchwiseAttention
 from torchive.methods.backbones.san_self_attention import SAN as SAN
@@ -45,6 +55,8 @@ from torchive.methods.explanation.grad_cam import min_max as min_max
 from torchive.methods.explanation.grad_cam import overlay as overlay
 from torchive.methods.explanation.grad_cam import pointing_game as pointing_game
 from torchive.methods.explanation.grad_cam import randomisation_check as randomisation_check
+from torchive.methods.losses.adaptive_label_reg import AdaptiveLabelLoss as AdaptiveLabelLoss
+from torchive.methods.losses.adaptive_label_reg import residual_log_softmax as residual_log_softmax
 from torchive.methods.losses.arcface import ArcFaceLoss as ArcFaceLoss
 from torchive.methods.losses.arcface import EmbeddingHead as EmbeddingHead
 from torchive.methods.losses.arcface import flip_sum as flip_sum

@@ -30,6 +30,7 @@ METRICS: dict[str, Metric] = {
         Metric("accuracy", True, "classification"),
         Metric("balanced_accuracy", True, "classification"),
         Metric("log_loss", False, "classification", "nats"),
+        Metric("calibration_error", False, "classification"),
         Metric("mean_iou", True, "segmentation"),
         Metric("dice", True, "segmentation"),
         Metric("pixel_accuracy", True, "segmentation"),
@@ -81,7 +82,11 @@ def confusion(labels: Tensor, target: Tensor, classes: int) -> Tensor:
 
 
 def _classification(records: Sequence[tuple[Tensor, int]], classes: Sequence[str]) -> dict[str, float]:
-    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_recall
+    from torchmetrics.functional.classification import (
+        multiclass_accuracy,
+        multiclass_calibration_error,
+        multiclass_recall,
+    )
 
     scores, target = torch.stack([s for s, _ in records]), torch.tensor([t for _, t in records])
     count = scores.shape[1]
@@ -92,6 +97,7 @@ def _classification(records: Sequence[tuple[Tensor, int]], classes: Sequence[str
         "accuracy": float(multiclass_accuracy(scores, target, count, average="micro")),
         "balanced_accuracy": float(recall[present].mean()),
         "log_loss": float(-chosen.log().mean()),
+        "calibration_error": float(multiclass_calibration_error(scores, target, count, n_bins=15)),
     }
     return result | {f"recall/{classes[i]}": float(recall[i]) for i in range(min(count, len(classes))) if present[i]}
 

@@ -80,6 +80,7 @@ GLOSSARY: dict[str, str] = {
     "warmup_iters": "training passes before a running statistic is used",
     "ema_of": "which statistic feeds the moving average",
     # detection
+    "decoder": "how a backbone's maps are joined at one resolution",
     "pyramid": "whether a feature pyramid stands over the backbone's maps",
     "hidden": "width of the layers between input and result",
     "anchor_sizes": "sides of the anchors in pixels, a list for each map",
@@ -130,6 +131,10 @@ GLOSSARY: dict[str, str] = {
     "guard": "what happens where a margin turns an angle past pi",
     "centres": "vectors of one class, of which the nearest counts",
     "margin_gradient": "whether the gradient passes through the margin",
+    "masked": "whether a class is left out of its own residual label",
+    "update": "how residual labels learn",
+    "learn_from": "whose predictions residual labels learn from: all or correct",
+    "rate": "multiple of the learning rate",
     "prior": "probability that a classifier gives at the start",
     "mining_ratio": "hard negatives for each positive",
     "iou_threshold": "overlap from which a box counts as matched",
