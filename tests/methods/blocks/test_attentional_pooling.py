@@ -235,6 +235,19 @@ def test_orderless_and_the_maps_mean(double, attention, per_class):
         assert maps.bottom_up.min() == 0
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("attention", ["linear", "relu", "softmax"])
+@pytest.mark.parametrize("per_class", [False, True])
+def test_the_gradients_own_form_is_autograds(double, attention, per_class, layout):
+    """The features given a second time, as the source, take the path without it."""
+    head = shaken(AttentionalPooling(6, 4, rank=2, attention=attention, per_class=per_class)).eval()
+    x = torch.randn(3, 6, 4, 5).contiguous(memory_format=layout).requires_grad_()
+    values = head(x), head(x, x)
+    g = torch.randn(3, 4)
+    own, plain = (torch.autograd.grad(y, (x, *head.parameters()), g) for y in values)
+    assert max((a - b).abs().max() for a, b in zip((values[0], *own), (values[1], *plain), strict=True)) < 1e-13
+
+
 def test_dropout_is_on_the_top_down_branch_alone():
     head = AttentionalPooling(8, 3, drop=0.5, start="average")
     nn.init.normal_(head.bottom_up)

@@ -13,6 +13,7 @@ from torchive.methods.blocks.attentional_pooling.saliency import (
     Attention,
     BottomUpPool,
     attend,
+    attended_means,
     saliency,
     weighted_means,
 )
@@ -146,9 +147,13 @@ class AttentionalPooling(nn.Module):
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         """Scores (N, K) of (N, C, *S); ``source`` (N, source_channels, *S) feeds the bottom-up map instead of x."""
         flat = self._flat(x, self.in_channels)  # (N, C, L)
-        h = self._bottom_up(flat if source is None else self._flat(source, self.source_channels))
-        z = weighted_means(h, F.dropout(flat, self.drop, self.training))  # (N, P M, C), M = 1 or K
-        mean = h.mean(2).unflatten(1, (self.rank, -1))  # (N, P, M)
+        dropped = self.training and self.drop > 0
+        if source is None and not self.chained and not dropped:  # z (N, P M, C), M = 1 or K; mean (N, P M)
+            z, mean = attended_means(flat, self.bottom_up, self.bottom_up_bias.flatten(), self.attention)
+        else:
+            h = self._bottom_up(flat if source is None else self._flat(source, self.source_channels))
+            z, mean = weighted_means(h, F.dropout(flat, self.drop, self.training)), h.mean(2)
+        mean = mean.unflatten(1, (self.rank, -1))  # (N, P, M)
         a = self.top_down.to(x.dtype)
         if self.maps_per_rank == 1:
             scores = z.flatten(1) @ a.transpose(0, 1).flatten(1).T  # (N, K)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 Attention = Literal["linear", "relu", "softmax"]
 ATTENTIONS = ("linear", "relu", "softmax")
@@ -29,6 +30,44 @@ def attend(maps: Tensor, attention: Attention) -> Tensor:
 def weighted_means(maps: Tensor, x: Tensor) -> Tensor:
     """mean_l h_ml x_l: (N, M, L) and (N, C, L) to (N, M, C)."""
     return torch.bmm(maps, x.transpose(1, 2)) / x.shape[2]
+
+
+def attended_means(x: Tensor, weight: Tensor, bias: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+    """The weighted means (N, M, C) and the maps' own means (N, M), of (N, C, L) features and M maps of them."""
+    if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        return _AttendedMeans.apply(x, weight, bias, attention)
+    maps = attend(saliency(x, weight, bias), attention)
+    return weighted_means(maps, x), maps.mean(2)
+
+
+class _AttendedMeans(torch.autograd.Function):
+    """Autograd alone would write the gradient of x three times; here it is one product of 2 M vectors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, attention: Attention) -> tuple[Tensor, Tensor]:
+        maps = attend(saliency(x, weight, bias), attention)
+        ctx.save_for_backward(x, weight, maps)
+        ctx.attention, ctx.kind = attention, bias.dtype
+        return weighted_means(maps, x), maps.mean(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dmeans: Tensor, dmaps_mean: Tensor) -> Any:
+        x, weight, maps = ctx.saved_tensors
+        dmeans = dmeans.to(x.dtype) / x.shape[2]  # (N, M, C)
+        slope = torch.bmm(dmeans, x) + dmaps_mean.to(x.dtype)[..., None] / x.shape[2]  # (N, M, L)
+        if ctx.attention == "relu":
+            slope = slope * (maps > 0)
+        elif ctx.attention == "softmax":
+            slope = maps * (slope - (maps * slope).sum(-1, keepdim=True))
+        dweight = torch.bmm(slope, x.transpose(1, 2)).sum(0).to(weight.dtype)
+        left = torch.cat([dmeans, weight.to(x.dtype).expand_as(dmeans)], 1)  # (N, 2M, C)
+        right = torch.cat([maps, slope], 1)  # (N, 2M, L)
+        if x.stride(1) == 1:  # channels-last
+            dx = torch.bmm(right.transpose(1, 2), left).transpose(1, 2)
+        else:
+            dx = torch.bmm(left.transpose(1, 2), right)
+        return dx, dweight, slope.sum((0, 2)).to(ctx.kind), None
 
 
 class BottomUpPool(nn.Module):
@@ -73,21 +112,21 @@ class BottomUpPool(nn.Module):
 
     def maps(self, x: Tensor) -> Tensor:
         """The weights of the positions: (N, C, *S) to (N, 1, *S)."""
-        return self._maps(self._flat(x)).unflatten(2, x.shape[2:])
+        flat = self._flat(x)
+        maps = attend(saliency(flat, self.weight[None], self.bias), self.attention)
+        return (maps * flat.shape[2] if self.attention == "softmax" else maps).unflatten(2, x.shape[2:])
 
     def forward(self, x: Tensor) -> Tensor:
         flat = self._flat(x)  # (N, C, L)
-        y = weighted_means(self._maps(flat), flat).squeeze(1)  # (N, C)
+        y = attended_means(flat, self.weight[None], self.bias, self.attention)[0].squeeze(1)  # (N, C)
+        if self.attention == "softmax":
+            y = y * flat.shape[2]
         return y if self.flatten else y.view(*y.shape, *[1] * (x.ndim - 2))
 
     def _flat(self, x: Tensor) -> Tensor:
         if x.ndim < 3 or x.shape[1] != self.channels:
             raise ValueError(f"expected (N, {self.channels}, *S), got shape {tuple(x.shape)}")
         return x.flatten(2)
-
-    def _maps(self, flat: Tensor) -> Tensor:
-        maps = attend(saliency(flat, self.weight[None], self.bias), self.attention)
-        return maps * flat.shape[2] if self.attention == "softmax" else maps
 
     def extra_repr(self) -> str:
         return f"{self.channels}, attention={self.attention}, flatten={self.flatten}"
