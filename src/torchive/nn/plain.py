@@ -15,7 +15,7 @@ class PlainNetwork(nn.Module):
 
     Args:
         widths: channels of each pair.
-        num_classes: K.
+        num_classes: K; 0 leaves the last layer out and gives the pooled features.
         in_channels: C.
 
     Raises:
@@ -35,7 +35,7 @@ class PlainNetwork(nn.Module):
                 layers += [nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
                 before = width
         self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(before, num_classes)
+        self.head: nn.Module = nn.Linear(before, num_classes) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(x).mean((2, 3)))  # (N, K)
