@@ -41,6 +41,7 @@ from torchive.methods.blocks.bilinear_cnn import TensorSketch as TensorSketch
 from torchive.methods.blocks.bilinear_cnn import VGGM as VGGM
 from torchive.methods.blocks.bilinear_cnn import fit_svm as fit_svm
 from torchive.methods.blocks.dynamic_relu import DynamicReLU as DynamicReLU
+from torchive.methods.blocks.emanet import EMAttentionUnit as EMAttentionUnit
 from torchive.methods.blocks.gcnet import GlobalContext as GlobalContext
 from torchive.methods.blocks.gcnet import NonLocal as NonLocal
 from torchive.methods.blocks.gcnet import SimplifiedNonLocal as SimplifiedNonLocal

@@ -30,9 +30,11 @@ def build_network(name: str, *, num_classes: int, in_channels: int = 3, **option
 
 
 def build_features(
-    name: str | nn.Module, *, in_channels: int = 3, out_indices: tuple[int, ...] | None = None
+    name: str | nn.Module, *, in_channels: int = 3, out_indices: tuple[int, ...] | None = None, **options: Any
 ) -> nn.Module:
     """A backbone by name, or the backbone given, with ``levels`` telling channels and stride of each map.
+
+    ``options`` are further arguments of a named timm network, such as ``output_stride``.
 
     Raises:
         ValueError: as ``build_network``, or a module without ``levels``.
@@ -47,9 +49,10 @@ def build_features(
     if library == "timm":
         import timm
 
-        options = {} if out_indices is None else {"out_indices": out_indices}
+        if out_indices is not None:
+            options["out_indices"] = out_indices
         return _TimmFeatures(timm.create_model(model, features_only=True, in_chans=in_channels, **options))
-    network = build_network(name, num_classes=1, in_channels=in_channels)
+    network = build_network(name, num_classes=1, in_channels=in_channels, **options)
     return _TorchvisionFeatures(network, out_indices)
 
 

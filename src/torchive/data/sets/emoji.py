@@ -56,17 +56,19 @@ def _taken(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The single people in the groups that come in all skin tones, sorted by code point."""
     return sorted(
         (e for e in entries if e["subcategory"] in _GROUPS and len(e.get("skin_variations", ())) == _TONES - 1),
-        key=lambda e: e["unified"],
+        key=lambda entry: str(entry["unified"]),
     )
+
+
+def _wanted(name: str) -> bool:
+    return name == "package/emoji.json" or name.startswith(tuple(f"package/img/{style}/64/" for style in _STYLES))
 
 
 def _build(packages: list[Path], folder: Path) -> None:
     images, table = [], []
     for style, package in zip(_STYLES, packages, strict=True):
         prefix = f"package/img/{style}/64/"
-        content = dict(
-            archives.members(package, lambda name, p=prefix: name.startswith(p) or name == "package/emoji.json")
-        )
+        content = dict(archives.members(package, _wanted))
         for entry in _taken(json.loads(content["package/emoji.json"])):
             label = _INFO.classes.index(entry["short_name"])
             for file in (entry["image"], *(tone["image"] for tone in entry["skin_variations"].values())):
