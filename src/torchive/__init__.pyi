@@ -21,6 +21,11 @@ from torchive.methods.backbones.dla import IDAUp as IDAUp
 from torchive.methods.backbones.dla import IterativeAggregation as IterativeAggregation
 from torchive.methods.backbones.dla import NestedUp as NestedUp
 from torchive.methods.backbones.dla import SumUp as SumUp
+from torchive.methods.backbones.inception_v4 import Branches as Branches
+from torchive.methods.backbones.inception_v4 import Inception as Inception
+from torchive.methods.backbones.inception_v4 import ResidualBranches as ResidualBranches
+from torchive.methods.backbones.inception_v4 import lineage_module as lineage_module
+from torchive.methods.backbones.inception_v4 import load_timm as load_timm
 from torchive.methods.backbones.san_self_attention import PairwiseAttention as PairwiseAttention
 from torchive.methods.backbones.san_self_attention import PatchwiseAttention as PatchwiseAttention
 from torchive.methods.backbones.san_self_attention import SAN as SAN
@@ -49,6 +54,11 @@ from torchive.methods.blocks.gcnet import query_dependence as query_dependence
 from torchive.methods.blocks.mabn import CenConv2d as CenConv2d
 from torchive.methods.blocks.mabn import MABN2d as MABN2d
 from torchive.methods.blocks.mabn import fold_into_conv as fold_into_conv
+from torchive.methods.blocks.octconv import Octave as Octave
+from torchive.methods.blocks.octconv import OctaveConv as OctaveConv
+from torchive.methods.blocks.octconv import oct_mobilenet as oct_mobilenet
+from torchive.methods.blocks.octconv import oct_resnet as oct_resnet
+from torchive.methods.blocks.octconv import octavize as octavize
 from torchive.methods.detection.faster_rcnn import FasterRCNN as FasterRCNN
 from torchive.methods.detection.ssd import SSD as SSD
 from torchive.methods.explanation.grad_cam import GradCAM as GradCAM
