@@ -59,6 +59,14 @@ from torchive.methods.blocks.octconv import OctaveConv as OctaveConv
 from torchive.methods.blocks.octconv import oct_mobilenet as oct_mobilenet
 from torchive.methods.blocks.octconv import oct_resnet as oct_resnet
 from torchive.methods.blocks.octconv import octavize as octavize
+from torchive.methods.blocks.rezero import ReZero as ReZero
+from torchive.methods.blocks.rezero import ReZeroDecoderLayer as ReZeroDecoderLayer
+from torchive.methods.blocks.rezero import ReZeroEncoderLayer as ReZeroEncoderLayer
+from torchive.methods.blocks.rezero import ReZeroMLP as ReZeroMLP
+from torchive.methods.blocks.rezero import fold as fold
+from torchive.methods.blocks.rezero import jacobian_singular_values as jacobian_singular_values
+from torchive.methods.blocks.rezero import mean_squared_singular_value as mean_squared_singular_value
+from torchive.methods.blocks.rezero import residual_weights as residual_weights
 from torchive.methods.detection.faster_rcnn import FasterRCNN as FasterRCNN
 from torchive.methods.detection.ssd import SSD as SSD
 from torchive.methods.explanation.grad_cam import GradCAM as GradCAM

@@ -46,8 +46,9 @@ class Call:
 
 @dataclass
 class Trace:
-    """Inputs and outputs of every module by ``id``, who reads its output, and functions that forwards call."""
+    """Inputs and outputs of every module by ``id``, who reads its output, functions that forwards call, the example."""
 
+    example: Any = None
     calls: dict[int, list[Call]] = field(default_factory=lambda: defaultdict(list))
     outputs: dict[int, list[Call]] = field(default_factory=lambda: defaultdict(list))
     readers: dict[int, list[nn.Module]] = field(default_factory=lambda: defaultdict(list))
@@ -125,7 +126,7 @@ def trace_calls(model: nn.Module, example: Any = None) -> Trace:
     examples = [example] if example is not None else list(_examples(model))
     first: Exception | None = None
     for candidate in examples:
-        trace = Trace()
+        trace = Trace(candidate)
         recorder = _Recorder(trace, model)
         hooks = []
         for module in model.modules():

@@ -1,7 +1,8 @@
 """Put a block into any network: ``convert(model, "gcnet", where="layer3.*")``.
 
 Replacing swaps the layers that a card names for ``new.from_module(old, channels=C)``; inserting puts
-``new.from_channels(C)`` after the matched modules. One traced pass over an example finds the channels and the calls, so
+``new.from_channels(C)`` after the matched modules; a part that changes the maps between layers rewrites the network by
+the function that its card names. One traced pass over an example finds the channels and the calls, so
 that an activation which one block uses three times becomes three, and ``relu`` called as a function is found too.
 """
 
@@ -20,6 +21,7 @@ from torch import nn
 from torchive.catalogue import class_path_of, get_card
 from torchive.engine.callsites import Call, Trace, split_calls, trace_calls
 from torchive.engine.conversion import Change, ConversionError, ConversionReport, Followed
+from torchive.engine.rewriting import rewrite
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,9 @@ def convert(
     trace = trace_calls(model, example)
     report = ConversionReport(name, [], [], (before, before))
     try:
-        if part is not None:
+        if isinstance(part, str):
+            rewrite(model, _load(part), lambda place: _matches(place, patterns), trace, options, report)
+        elif part is not None:
             _insert(model, part, patterns, places, trace, options, report)
         else:
             _replace(model, rules, patterns, trace, options, report)
@@ -84,8 +88,8 @@ def convert(
 
 def _plan(
     method: str | type[nn.Module], replaces: Any
-) -> tuple[str, list[Rule], type[nn.Module] | None, list[list[str]]]:
-    """Name, replacement rules, class to insert, default places."""
+) -> tuple[str, list[Rule], type[nn.Module] | str | None, list[list[str]]]:
+    """Name, replacement rules, class to insert or path of the function that rewrites, default places."""
     cls: type[nn.Module] = method if isinstance(method, type) else _load(class_path_of(method))
     name = method if isinstance(method, str) else method.__name__
     if replaces is not None:
@@ -98,6 +102,8 @@ def _plan(
     host = get_card(method).host
     if host.get("mode") == "insert":
         return method, [], cls, [[p] if isinstance(p, str) else list(p) for p in host.get("where", [])]
+    if host.get("mode") == "rewrite":
+        return method, [], str(host["function"]), []
     if host.get("mode") != "replace":
         raise ConversionError(f"{method} is not a part of a network: its card names no host")
     rules = []

@@ -40,6 +40,8 @@ def card(subject: Subject) -> None:
     if mode in ("replace", "insert"):
         wanted = "from_module" if mode == "replace" else "from_channels"
         assert hasattr(cls, wanted), f"host.mode is {mode!r}, yet {cls.__name__} has no {wanted}"
+    if mode == "rewrite":
+        resolve(sheet.host["function"])
     for entry in sheet.host.get("replace", ()):
         resolve(entry["old"])
         if "new" in entry:
@@ -48,15 +50,16 @@ def card(subject: Subject) -> None:
 
 
 def variants(subject: Subject) -> None:
-    """Each named variant has the number of parameters that the card says."""
+    """Each named variant, made by the class or by the function that it names, has the parameters that the card says."""
     sheet = _card(subject)
     counted = {name: v for name, v in sheet.variants.items() if isinstance(v, dict) and "parameters" in v}
     if not counted:
         raise NotApplicableError("the card names no variant with a parameter count")
     cls = resolve(sheet.class_path)
     for name, variant in counted.items():
+        make = resolve(variant["build"]) if "build" in variant else cls
         with torch.device("meta"):
-            module = cls(**construct(variant.get("args", {})))
+            module = make(**construct(variant.get("args", {})))
         count = sum(p.numel() for p in module.parameters())
         assert count == variant["parameters"], f"{name} has {count} parameters, the card says {variant['parameters']}"
 
