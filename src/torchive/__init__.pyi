@@ -47,6 +47,13 @@ from torchive.methods.blocks.bilinear_cnn import VGGM as VGGM
 from torchive.methods.blocks.bilinear_cnn import fit_svm as fit_svm
 from torchive.methods.blocks.dynamic_relu import DynamicReLU as DynamicReLU
 from torchive.methods.blocks.emanet import EMAttentionUnit as EMAttentionUnit
+from torchive.methods.blocks.factorized_bilinear import FactorizedBilinear as FactorizedBilinear
+from torchive.methods.blocks.factorized_bilinear import FactorizedBilinearConv as FactorizedBilinearConv
+from torchive.methods.blocks.factorized_bilinear import FactorizedBilinearHead as FactorizedBilinearHead
+from torchive.methods.blocks.factorized_bilinear import FactorizedInception as FactorizedInception
+from torchive.methods.blocks.factorized_bilinear import FactorizedResNet as FactorizedResNet
+from torchive.methods.blocks.factorized_bilinear import factorize_classifier as factorize_classifier
+from torchive.methods.blocks.factorized_bilinear import slow_start as slow_start
 from torchive.methods.blocks.gcnet import GlobalContext as GlobalContext
 from torchive.methods.blocks.gcnet import NonLocal as NonLocal
 from torchive.methods.blocks.gcnet import SimplifiedNonLocal as SimplifiedNonLocal
@@ -98,6 +105,9 @@ from torchive.methods.losses.focal_loss import focal_sigmoid as focal_sigmoid
 from torchive.methods.losses.focal_loss import focal_softmax as focal_softmax
 from torchive.methods.segmentation.attention_unet import AttentionGate as AttentionGate
 from torchive.methods.segmentation.attention_unet import AttentionUNet as AttentionUNet
+from torchive.methods.segmentation.pan_pyramid_attention import FeaturePyramidAttention as FeaturePyramidAttention
+from torchive.methods.segmentation.pan_pyramid_attention import GlobalAttentionUpsample as GlobalAttentionUpsample
+from torchive.methods.segmentation.pan_pyramid_attention import PyramidAttentionNetwork as PyramidAttentionNetwork
 from torchive.methods.training.decoupling import Decoupling as Decoupling
 from torchive.methods.training.decoupling import LinearHead as LinearHead
 from torchive.methods.training.decoupling import NearestMeanHead as NearestMeanHead

@@ -363,6 +363,8 @@ def test_bad_arguments_are_named():
             head(x, x)
         with pytest.raises(ValueError, match="4,"):
             head(torch.randn(1, 5, 3, 3))
+    assert BilinearHead(4, 2).parameter_rules() == {}
+    assert set(BilinearHead(4, 2, rate=100.0).parameter_rules()) == {"classifier.weight", "classifier.bias"}
     with pytest.raises(ValueError, match="projection"):
         BilinearHead(4, 2, projection=-1)
     with pytest.raises(ValueError, match="level"):

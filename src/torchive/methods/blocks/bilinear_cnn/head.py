@@ -24,6 +24,7 @@ class BilinearHead(nn.Module):
         root_iterations: Newton-Schulz iterations of the matrix square root; 0 takes none, the improved form 5.
         ridge: what is added to the diagonal before the matrix root.
         eps: what keeps the root's gradient finite.
+        rate: multiple of the learning rate for the classifier (``parameter_rules``); 100 in the release.
 
     Raises:
         ValueError: a number out of range, or options that do not go together; in ``forward``, other shapes.
@@ -41,8 +42,10 @@ class BilinearHead(nn.Module):
         root_iterations: int = 0,
         ridge: float = 1e-5,
         eps: float = 1e-5,
+        rate: float = 1.0,
     ) -> None:
         super().__init__()
+        self.rate = rate
         if min(in_channels, num_classes) < 1 or projection < 0:
             given = f"{in_channels}, {num_classes} and {projection}"
             raise ValueError(f"expected in_channels and num_classes >= 1 and projection >= 0, got {given}")
@@ -65,6 +68,11 @@ class BilinearHead(nn.Module):
     def from_module(old: nn.Module, *, channels: int, **options: Any) -> CompactBilinearPool:
         """The layer that takes a global mean's place; the network's own linear layer stays as the classifier."""
         return CompactBilinearPool.from_module(old, channels=channels, **options)
+
+    def parameter_rules(self) -> dict[str, dict[str, float]]:
+        """The classifier sees numbers of length one in all, and may learn at a rate of its own."""
+        rule = {"lr": self.rate}
+        return {"classifier.weight": rule, "classifier.bias": rule} if self.rate != 1 else {}
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         return self.classifier(self.descriptor(x, y))  # (N, K)
