@@ -101,7 +101,8 @@ def _plan(
         return name, [], cls, []
     host = get_card(method).host
     if host.get("mode") == "insert":
-        return method, [], cls, [[p] if isinstance(p, str) else list(p) for p in host.get("where", [])]
+        part = _load(host["new"]) if "new" in host else cls
+        return method, [], part, [[p] if isinstance(p, str) else list(p) for p in host.get("where", [])]
     if host.get("mode") == "rewrite":
         return method, [], str(host["function"]), []
     if host.get("mode") != "replace":

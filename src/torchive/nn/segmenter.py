@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from torchive.nn.pixel_cross_entropy import PixelCrossEntropy
 from torchive.structures import Segmentation
 
 
@@ -22,7 +23,7 @@ class Segmenter(nn.Module):
     def __init__(self, network: nn.Module, *, loss: nn.Module | None = None) -> None:
         super().__init__()
         self.network = network
-        self.loss = nn.CrossEntropyLoss(ignore_index=255) if loss is None else loss
+        self.loss = PixelCrossEntropy() if loss is None else loss
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.network(inputs)  # (N, K, H, W)

@@ -38,8 +38,9 @@ def card(subject: Subject) -> None:
     assert not empty, f"exemptions without a reason: {', '.join(empty)}"
     mode = sheet.host.get("mode")
     if mode in ("replace", "insert"):
+        part = resolve(sheet.host["new"]) if "new" in sheet.host else cls
         wanted = "from_module" if mode == "replace" else "from_channels"
-        assert hasattr(cls, wanted), f"host.mode is {mode!r}, yet {cls.__name__} has no {wanted}"
+        assert hasattr(part, wanted), f"host.mode is {mode!r}, yet {part.__name__} has no {wanted}"
     if mode == "rewrite":
         resolve(sheet.host["function"])
     for entry in sheet.host.get("replace", ()):
