@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from torchive.methods.blocks.factorized_bilinear.layer import FactorizedBilinear, Factors
 
@@ -69,22 +69,19 @@ class FactorizedBilinearHead(nn.Module):
             raise ValueError(f"expected (N, {self.in_channels}, *S), got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"expected floating-point features, got {x.dtype}")
-        flat = x.flatten(2)  # (N, C, L)
         if self.act != "none":
-            flat = flat.tanh() if self.act == "tanh" else flat.relu()
-        mean = flat.mean(2, keepdim=True)  # (N, C, 1)
-        y = self.linear(mean.squeeze(2))  # (N, K); the mean of the linear parts
+            x = x.tanh() if self.act == "tanh" else x.relu()
+        mean = x.flatten(2).mean(2)  # (N, C)
+        y = self.linear(mean)  # (N, K), the mean of the linear parts
         part = self.factors
         if not part.rank:
             return y
         if self.mode == "mean_then_layer":
-            flat = mean
-        z = _products(part, part.weight, flat)  # (N, K k, L)
-        own = None if part.diagonal else _products(part, part.weight.square(), flat.square())
-        squares = part.squares(z, own).mean(2).unflatten(1, (-1, part.rank))  # (N, K, k)
-        return y + (squares * part.weights(flat)).sum(2)
-
-
-def _products(part: Factors, weight: Tensor, x: Tensor) -> Tensor:
-    """F x at each position: (N, C, L) to (N, K k, L); any strides, nothing is copied."""
-    return torch.matmul(weight.to(x.dtype), x)
+            x = mean[..., None, None]
+        elif x.ndim != 4:
+            x = x.flatten(2).unsqueeze(3)
+        weight = part.weight[..., None, None].to(x.dtype)
+        z = F.conv2d(x, weight)  # (N, K k, h, w)
+        own = None if part.diagonal else F.conv2d(x.square(), weight.square())
+        squares = part.squares(z, own).mean((2, 3)).unflatten(1, (-1, part.rank))  # (N, K, k)
+        return y + (squares * part.weights(squares)).sum(2)
