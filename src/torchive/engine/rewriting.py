@@ -23,7 +23,7 @@ def rewrite(
     """Call ``function(model, example=, matches=, **options)``, which gives a ``torchive.nn.Rewriting``, and report it.
 
     Raises:
-        ConversionError: an option that it does not take, or a network that it refuses.
+        ConversionError: an option that it does not take, a network that it refuses, or nothing to rewrite.
     """
     known = [name for name in inspect.signature(function).parameters if name not in ("example", "matches")][1:]
     unknown = [option for option in options if option not in known]
@@ -33,6 +33,9 @@ def rewrite(
         made = function(model, example=trace.example, matches=matches, **options)
     except (TypeError, ValueError) as error:
         raise ConversionError(f"{report.method}: {error}") from error
+    if not made.changed:
+        listed = "; ".join(f"{place}: {reason}" for place, reason in made.left_alone[:5])
+        raise ConversionError(f"{report.method}: nothing in {type(model).__name__} can be rewritten. {listed}".strip())
     report._undo.append(made.undo)
     report.left_alone.extend(made.left_alone)
     for name, old, new in made.changed:

@@ -114,9 +114,20 @@ _EACH = frozenset(
         *("dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"),
         *("detach", "clone", "contiguous", "to", "float", "double", "half", "bfloat16", "type_as", "cpu"),
         *("cuda", "requires_grad", "nan_to_num", "add", "sub", "mul", "div", "true_divide", "truediv"),
-        *("radd", "rsub", "rmul", "iadd", "isub", "imul", "itruediv", "maximum", "minimum"),
+        *("radd", "rsub", "rmul", "maximum", "minimum"),
     )
 )
+#: In the place of what writes into a plain map that is about to be split.
+_FRESH: dict[str, Callable[..., Any]] = {
+    "__iadd__": torch.add,
+    "__isub__": torch.sub,
+    "__imul__": torch.mul,
+    "__itruediv__": torch.div,
+    "add_": torch.add,
+    "sub_": torch.sub,
+    "mul_": torch.mul,
+    "div_": torch.div,
+}
 #: Questions that the high part answers.
 _ABOUT = frozenset(
     (
@@ -128,6 +139,7 @@ _MEANS = frozenset(["mean", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adapt
 
 
 def _call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    func = _FRESH.get(func.__name__, func)
     name = func.__name__.strip("_")
     if name in _EACH:
         return _each(func, args, kwargs)
