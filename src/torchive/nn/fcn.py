@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchive.nn.network import build_features
+from torchive.nn.pixel_cross_entropy import PixelCrossEntropy
 from torchive.nn.unet import resize, segmentations
 from torchive.structures import Segmentation
+
+Norm = Callable[[int], nn.Module]  # a normalisation layer for so many channels
 
 
 class FCN(nn.Module):
     """Images (N, C, H, W) to logits (N, K, H, W), from the coarsest map of a backbone, as a segmentation system.
 
-    Long et al., CVPR 2015, arXiv:1411.4038, in the one-level form that context modules are measured against: what such a
-    module gathers goes in after ``neck``, on a map (N, width, h, w).
+    Long et al., CVPR 2015, arXiv:1411.4038, in the one-level form that context modules are measured against: what one
+    gathers goes in after ``neck``, on a map (N, width, h, w).
 
     Args:
         backbone: ``timm/NAME``, ``torchvision/NAME`` or a module with ``levels``.
@@ -54,7 +58,7 @@ class FCN(nn.Module):
         self.align_corners = align_corners
         self.neck = conv_norm_act(channels, width, 3)
         self.head = nn.Sequential(conv_norm_act(width, half, 3), nn.Dropout2d(drop), nn.Conv2d(half, num_classes, 1))
-        self.loss = nn.CrossEntropyLoss(ignore_index=255) if loss is None else loss
+        self.loss = PixelCrossEntropy() if loss is None else loss
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits = self.head(self.neck(self.backbone(inputs)[-1]))
@@ -69,7 +73,9 @@ class FCN(nn.Module):
         return segmentations(self(inputs))
 
 
-def conv_norm_act(in_channels: int, out_channels: int, kernel_size: int) -> nn.Sequential:
-    """Convolution that keeps the size, batch norm and ReLU."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+def conv_norm_act(
+    in_channels: int, out_channels: int, kernel_size: int, norm: Norm = nn.BatchNorm2d, *, stride: int = 1
+) -> nn.Sequential:
+    """Convolution without bias, norm and ReLU; the size is kept, or halved (rounded up) by a stride of two."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
+    return nn.Sequential(conv, norm(out_channels), nn.ReLU(inplace=True))
