@@ -71,6 +71,8 @@ def _scores(score: dict[str, float]) -> str:
 class OnnxModel:
     """An ONNX file as a callable: image tensors in, what the model's ``forward`` returns out.
 
+    A list of images of one size is taken as a batch; an argument that is None is left out.
+
     Args:
         path: the file.
         structure: how ``forward``'s outputs nest, from ``write_onnx``; None gives a list of tensors.
@@ -87,9 +89,10 @@ class OnnxModel:
         self.names = [node.name for node in self.session.get_inputs()]
         self.calls = 0
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Tensor | Sequence[Tensor] | None) -> Any:
         self.calls += 1
-        arrays = [value.detach().cpu().contiguous().numpy() for value in inputs]
+        tensors = [v if isinstance(v, Tensor) else torch.stack(tuple(v)) for v in inputs if v is not None]
+        arrays = [value.detach().cpu().contiguous().numpy() for value in tensors]
         outputs = [torch.from_numpy(a) for a in self.session.run(None, dict(zip(self.names, arrays, strict=True)))]
         return outputs if self.structure is None else pytree.tree_unflatten(outputs, self.structure)
 

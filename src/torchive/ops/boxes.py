@@ -42,7 +42,7 @@ def decode_boxes(
 
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Boxes (N, ..., 4) cut to the images; ``sizes`` (N, 2) are height and width."""
-    limits = sizes.to(boxes.dtype)[:, [1, 0, 1, 0]].view(len(sizes), *[1] * (boxes.ndim - 2), 4)
+    limits = sizes.to(boxes.dtype)[:, [1, 0, 1, 0]].view(-1, *[1] * (boxes.ndim - 2), 4)
     return torch.minimum(boxes.clamp(min=0), limits)
 
 

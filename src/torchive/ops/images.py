@@ -52,7 +52,9 @@ def pad_batch(images: Tensor | Sequence[Tensor], divisor: int) -> Tensor:
     if isinstance(images, Tensor):
         height, width = images.shape[-2:]
         right, below = -width % divisor, -height % divisor
-        return F.pad(images, (0, right, 0, below)) if right or below else images
+        if torch.compiler.is_compiling() or right or below:  # an exported file must pad whatever comes
+            return F.pad(images, (0, right, 0, below))
+        return images
     height = max(-(-i.shape[-2] // divisor) * divisor for i in images)
     width = max(-(-i.shape[-1] // divisor) * divisor for i in images)
     batch = images[0].new_zeros(len(images), images[0].shape[0], height, width)

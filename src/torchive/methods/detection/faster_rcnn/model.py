@@ -147,7 +147,7 @@ class FasterRCNN(nn.Module):
         raw["sizes"] = sizes
         if self.roi_heads is not None:
             count = raw["proposals"].shape[1]
-            image = torch.arange(len(x), device=x.device).repeat_interleave(count)
+            image = torch.arange(x.shape[0], device=x.device)[:, None].expand(-1, count).flatten()
             logits, deltas = self._second(maps, raw["proposals"].flatten(0, 1), image)
             raw["class_logits"], raw["box_deltas"] = logits.unflatten(0, (-1, count)), deltas.unflatten(0, (-1, count))
         return raw
@@ -241,7 +241,7 @@ class FasterRCNN(nn.Module):
         dtype = torch.promote_types(first.dtype, torch.float32)  # half precision does not hold pixel numbers
         if isinstance(inputs, Tensor):
             height, width = inputs.shape[2:]
-            sizes = torch.tensor([[height, width]], device=inputs.device, dtype=dtype).expand(len(inputs), 2)
+            sizes = torch.tensor([[height, width]], device=inputs.device, dtype=dtype).expand(inputs.shape[0], 2)
         else:
             sizes = torch.tensor(image_sizes(inputs), device=first.device, dtype=dtype)
         return pad_batch(inputs, max(self.strides[-1] // 2, 16)), sizes

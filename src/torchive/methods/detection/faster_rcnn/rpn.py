@@ -42,7 +42,8 @@ class ConditionedRPNHead(RPNHead):
             objectness.append(self.cls_logits(x))
             deltas.append(self.bbox_pred(x))
         flat, code = concat_box_prediction_layers(objectness, deltas)
-        return flat.view(len(maps[0]), -1), code.view(len(maps[0]), -1, 4)
+        images = maps[0].shape[0]  # not len(), which an export would take for a constant
+        return flat.view(images, -1), code.view(images, -1, 4)
 
 
 def propose(
@@ -79,7 +80,7 @@ def propose(
     small = (boxes[..., 2:] - boxes[..., :2]).amin(2) < max(min_size, 1e-3)
     scores = scores.masked_fill(small, -1)
     if torch.compiler.is_compiling():
-        image = torch.arange(len(boxes), device=boxes.device)[:, None]
+        image = torch.arange(boxes.shape[0], device=boxes.device)[:, None]
         group = (image * len(counts) + level_of).flatten()
         keep = keep_after_nms(boxes.flatten(0, 1), scores.flatten(), group, nms_threshold).view_as(scores)
     else:
