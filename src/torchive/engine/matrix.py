@@ -20,10 +20,12 @@ from torch.utils import _pytree as pytree
 
 from torchive.catalogue import get_card, list_methods
 from torchive.catalogue.matrix import MATRIX, render_matrix
+from torchive.engine.build import build_optimizer
 from torchive.engine.checkpoint import write_atomically
 from torchive.engine.conversion import ConversionError
 from torchive.engine.convert import convert
 from torchive.engine.export import ExportError, OnnxModel, gap_to_torch, write_onnx
+from torchive.engine.recipe import ClassSpec, DataSpec, Recipe
 
 STEPS, BATCH, SIZE = 20, 4, 64
 
@@ -135,7 +137,10 @@ def _train(model: nn.Module) -> tuple[float, float]:
     model.to(memory_format=torch.channels_last)
     with torch.no_grad():
         targets = [torch.randn_like(output) for output in _tensors(model(images))]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    recipe = Recipe(
+        "classification", ClassSpec("torch.nn.Identity"), DataSpec("none")
+    )  # for its optimiser: AdamW, 1e-3
+    optimizer = build_optimizer(recipe, model.parameters(), model)
     first = loss = torch.tensor(float("nan"))
     for step in range(STEPS):
         optimizer.zero_grad()
