@@ -86,7 +86,8 @@ class Procedure(Protocol):
 
     Optional: ``before_step(progress)`` and ``after_step()``, called around each optimiser step, ``progress`` being the
     share of the run that is done; ``views(image_size, **options)``, the transform that makes the views of one image;
-    ``sampling(progress)``, the power of ``data.sampling`` at a share of the run.
+    ``sampling(progress)``, the power of ``data.sampling`` at a share of the run. Any part of any model may have
+    ``before_step`` too.
     """
 
     def losses(self, batch: Batch, /) -> dict[str, Tensor]: ...

@@ -202,12 +202,23 @@ def test_a_schedule_begins_again_at_its_restarts() -> None:
     assert again.factor(1.0) == plain.factor(1.0) == 0
 
 
+class Told(nn.Linear):
+    """A part that notes the progress it is told."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.told = list[float]()
+
+    def before_step(self, progress: float) -> None:
+        self.told.append(progress)
+
+
 class Staged(nn.Module):
     """A procedure that notes the progress it is told."""
 
     def __init__(self, *, num_classes: int = 2) -> None:
         super().__init__()
-        self.layer, self.told = nn.Linear(256, num_classes), list[float]()
+        self.layer, self.told = Told(256, num_classes), list[float]()
 
     def before_step(self, progress: float) -> None:
         self.told.append(progress)
@@ -234,7 +245,7 @@ def test_a_procedure_hears_its_progress_and_rules_the_sampling(tmp_path: Path, m
     )
     for _ in Loop(recipe, model, loader, start_processes(recipe), tmp_path).steps():
         pass
-    assert model.told == [0, 0.25, 0.5, 0.75]
+    assert model.told == model.layer.told == [0, 0.25, 0.5, 0.75]
     asked = []
     monkeypatch.setattr("torchive.engine.train.class_order", lambda *given: asked.append(given[2]))
     staged = {"class_path": "tests.engine.test_selection.Staged"}

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchive.engine.build import build_optimizer
-from torchive.engine.loop import Trainable
+from torchive.engine.loop import Trainable, progress_calls
 from torchive.engine.recipe import Recipe
 from torchive.structures import Batch
 
@@ -135,15 +135,15 @@ class _Stepper:
     def __init__(self, model: nn.Module, recipe: Recipe, batch: Batch) -> None:
         self.trainable, self.model = Trainable(model), model
         self.optimizers = {p: build_optimizer(recipe, group, model) for p, group in self.trainable.groups().items()}
-        self.before_step = getattr(model, "before_step", None)
+        self.progress_calls = progress_calls(model)
         self.after_step = getattr(model, "after_step", None)
         size = recipe.train.micro_batch
         self.parts = [batch] if size is None or size >= len(batch) else list(batch.split(size))
         self.samples = len(batch)
 
     def __call__(self) -> None:
-        if self.before_step is not None:
-            self.before_step(0.0)  # of a run in stages, the first one
+        for call in self.progress_calls:
+            call(0.0)  # of a run in stages, the first one
         for player, optimizer in self.optimizers.items():
             self.clear()
             for part in self.parts:

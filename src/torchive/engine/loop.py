@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,11 @@ from torchive.structures import Batch
 
 class TrainingError(ValueError):
     """A run that cannot go on; the message names the samples and the file that keeps them."""
+
+
+def progress_calls(model: nn.Module) -> list[Callable[[float], None]]:
+    """``before_step`` of the model and of all parts that have it; each is told the share of the run that is done."""
+    return [part.before_step for part in model.modules() if hasattr(part, "before_step")]  # type: ignore[misc]
 
 
 class Trainable(nn.Module):
@@ -88,7 +93,7 @@ class Loop:
         self.device = self.accelerator.device
         self.lazy = self.device.type != "cpu"
         self.pending: tuple[Tensor, Batch, int] | None = None
-        self.before_step = getattr(self.model, "before_step", None)
+        self.progress_calls = progress_calls(self.model)
         self.after_step = getattr(self.model, "after_step", None)
 
     @property
@@ -122,8 +127,8 @@ class Loop:
         if self.lazy:
             torch.cuda.manual_seed(seed)
         progress = self._progress()
-        if self.before_step is not None:
-            self.before_step(progress)
+        for call in self.progress_calls:
+            call(progress)
         factor = self.recipe.schedule.factor(progress)
         clip, rate, losses = self.recipe.train.clip_norm, 0.0, {}
         for player, optimizer in self.optimizers.items():
