@@ -458,6 +458,74 @@ def test_channel_modulation_does_what_one_gate_for_the_image_cannot():
     assert roughness["smooth"] < 0.7 * roughness["free"]
 
 
+# -- what it is for
+
+
+def outlines(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Outlines of squares and discs, radius 4 to 20, in noise: images (N, 1, 48, 48), classes, radii and middles.
+
+    The inside has the class of its outline, so how far a cell must look depends on the object's size.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    radius, angle = 4 + 16 * torch.rand(count, generator=generator), math.pi * torch.rand(count, generator=generator)
+    kind = torch.randint(0, 2, (count,), generator=generator)
+    centre = 24 + (torch.rand(count, 2, generator=generator) - 0.5) * 2 * (23 - radius)[:, None]
+    rows, columns = torch.meshgrid(torch.arange(48.0), torch.arange(48.0), indexing="ij")
+    radius_, angle, kind = (v[:, None, None] for v in (radius, angle, kind))
+    dy, dx = rows - centre[:, 0, None, None], columns - centre[:, 1, None, None]
+    u, v = angle.cos() * dx + angle.sin() * dy, angle.cos() * dy - angle.sin() * dx
+    far = torch.where(kind == 0, torch.maximum(u.abs(), v.abs()) / 0.85, (u.square() + v.square()).sqrt()) / radius_
+    inside = far < 1
+    edge = inside & ((1 - far) * radius_ < 2)
+    images = edge + 0.3 * torch.randn(count, 48, 48, generator=generator)
+    return images[:, None], torch.where(inside, kind + 1, 0), radius, centre
+
+
+def segmenter(kind: str, width: int) -> nn.Sequential:
+    def block() -> nn.Module:
+        if kind == "deformable":
+            return DeformConv2d(width, width, 3, padding=1)
+        dilation = 2 if kind == "dilated" else 1
+        return nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation)
+
+    layers = [nn.Conv2d(1, width, 3, 2, 1), nn.Conv2d(width, width, 3, 2, 1), block(), block()]
+    parts = [part for layer in layers for part in (layer, nn.BatchNorm2d(width), nn.ReLU())]
+    return nn.Sequential(*parts, nn.Conv2d(width, 3, 1), nn.Upsample(scale_factor=4, mode="bilinear"))
+
+
+def test_segments_objects_of_any_size_better_at_equal_parameters():
+    """Against plain and dilated networks of slightly more parameters; the second layer spreads with the object."""
+    images, classes, _, _ = outlines(512, seed=0)
+    test_images, test_classes, radius, centre = outlines(256, seed=1)
+    score, size = {}, {}
+    for kind, width in (("plain", 30), ("dilated", 30), ("deformable", 24)):
+        torch.manual_seed(0)
+        network = segmenter(kind, width)
+        size[kind] = sum(p.numel() for p in network.parameters())
+        optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)
+        for _ in range(200):
+            pick = torch.randint(0, 512, (16,))
+            optimizer.zero_grad()
+            F.cross_entropy(network(images[pick]), classes[pick]).backward()
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            found = network.eval()(test_images).argmax(1)
+        hits = [
+            ((found == k) & (test_classes == k)).sum() / ((found == k) | (test_classes == k)).sum() for k in range(3)
+        ]
+        score[kind] = float(sum(hits) / 3)
+    assert size["deformable"] < size["plain"] == size["dilated"]
+    assert score["deformable"] > score["dilated"] + 0.04
+    assert score["dilated"] > score["plain"]
+    with torch.no_grad():
+        spread = effective_dilation(network[9], network[:9](test_images))[:, 0]
+    cell = (centre / 4).round().long().clamp(0, 11)
+    spread = spread[torch.arange(256), cell[:, 0], cell[:, 1]]
+    assert torch.corrcoef(torch.stack([spread, radius]))[0, 1] > 0.3
+
+
 # -- what is refused
 
 

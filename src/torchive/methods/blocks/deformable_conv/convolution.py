@@ -90,10 +90,10 @@ def _columns(
     index, share = corners(y_at, x_at, height, width)  # (N, H', W', K, G, 4)
     if mask is not None:
         share = share * mask.unflatten(1, (groups, taps)).permute(0, 3, 4, 2, 1).unsqueeze(-1)
-    image = torch.arange(batch, device=x.device).view(-1, 1, 1, 1, 1, 1) * (height * width)
+    image = torch.arange(batch, device=x.device, dtype=index.dtype).view(-1, 1, 1, 1, 1, 1) * (height * width)
     index = index + image
     if groups > 1:
-        index = index * groups + torch.arange(groups, device=x.device).view(-1, 1)
+        index = index * groups + torch.arange(groups, device=x.device, dtype=index.dtype).view(-1, 1)
     sampled = weighted_rows(rows_of(x, groups), index.flatten(0, 4), share.flatten(0, 4))  # (N H' W' K G, C / G)
     return sampled.reshape(batch, *offset.shape[2:], taps, channels)
 

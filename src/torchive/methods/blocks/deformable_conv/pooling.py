@@ -51,7 +51,7 @@ def deformable_roi_pool(
     if channels * (size**2 if position_sensitive else 1) != x.shape[1] or channels % groups:
         raise ValueError(f"{x.shape[1]} channels do not divide into {groups} groups of bins {size} x {size}")
     kind = torch.promote_types(x.dtype, torch.float32)
-    image, boxes = boxes[:, 0].long(), boxes[:, 1:].to(kind)
+    image, boxes = boxes[:, 0].int(), boxes[:, 1:].to(kind)
     start, side = _extent(boxes, scale, points)  # (R, 2) each, x and y
     bins = torch.arange(size, device=x.device, dtype=kind)
     parts = torch.arange(samples, device=x.device, dtype=kind) + (0.5 if points == "centres" else 0.0)
@@ -97,13 +97,13 @@ def _points(y: Tensor, x: Tensor, size: tuple[int, int], points: Points) -> tupl
 def _rows(x: Tensor, image: Tensor, index: Tensor, channels: int, size: int) -> tuple[Tensor, Tensor]:
     """The map as rows, and the index (R, K, row, column, points) of a cell as that of its row."""
     groups, cells = index.shape[1], x.shape[2] * x.shape[3]
-    group = torch.arange(groups, device=x.device).view(-1, 1, 1, 1)
+    group = torch.arange(groups, device=x.device, dtype=index.dtype).view(-1, 1, 1, 1)
     index = index + (image * cells).view(-1, 1, 1, 1, 1)
     if not size:
         rows = x.permute(0, 2, 3, 1).reshape(-1, channels // groups)
         return rows, index * groups + group
     maps = x.unflatten(1, (groups, channels // groups, size**2)).permute(0, 4, 5, 3, 1, 2)  # (N, H, W, bin, K, C / K)
-    place = torch.arange(size**2, device=x.device).view(size, size, 1)
+    place = torch.arange(size**2, device=x.device, dtype=index.dtype).view(size, size, 1)
     return maps.reshape(-1, channels // groups), (index * size**2 + place) * groups + group
 
 

@@ -31,7 +31,7 @@ def _pair(first: Tensor, share: Tensor, size: int) -> tuple[Tensor, Tensor]:
     both = torch.stack([first, first + 1], -1)
     inside = (both >= 0) & (both < size)
     weight = torch.stack([1 - share, share], -1) * inside
-    return both.long().clamp(0, size - 1), weight  # in this order also where it is not a number
+    return both.int().clamp(0, size - 1), weight  # in this order also where it is not a number
 
 
 def weighted_rows(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
