@@ -26,7 +26,7 @@ def tap_positions(
     taps = kernel_size[0] * kernel_size[1]
     height, width = offset.shape[2:]
     moved = offset.unflatten(1, (-1, taps, 2)).permute(3, 0, 4, 5, 2, 1)  # (2, N, H', W', K, G)
-    kind = {"device": offset.device, "dtype": offset.dtype}
+    kind: dict[str, Any] = {"device": offset.device, "dtype": offset.dtype}
     start_y = torch.arange(height, **kind) * stride[0] - padding[0]
     start_x = torch.arange(width, **kind) * stride[1] - padding[1]
     tap_y = (torch.arange(kernel_size[0], **kind) * dilation[0]).repeat_interleave(kernel_size[1])
