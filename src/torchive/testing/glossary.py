@@ -142,6 +142,10 @@ GLOSSARY: dict[str, str] = {
     "combine": "how two results are joined: add or concat",
     "output": "states that are given out",
     "normal": "cell that keeps the size",
+    "precision": "what the weights of a pass are: ternary, binary or full",
+    "slopes": "first and last slope of an activation that sharpens",
+    "hard": "whether evaluation takes the limit of a soft function",
+    "reternarise": "whether maps between three levels are made ternary again",
     # detection
     "decoder": "how a backbone's maps are joined at one resolution",
     "pyramid": "whether a feature pyramid stands over the backbone's maps",

@@ -29,7 +29,7 @@ from torchive.methods.blocks.sparse_shift import (
     shift_layers,
     translate,
 )
-from torchive.methods.blocks.sparse_shift.shift import _by_index, _by_runs, runs_of
+from torchive.methods.blocks.sparse_shift.shift import _by_runs, _follow, _index, runs_of
 
 REPOSITORY, COMMIT = "hikvision-research/SparseShiftLayer", "7663601061295de6e097baafc2dbb53627b80343"
 
@@ -210,12 +210,26 @@ def test_runs_and_index_agree(layout, step):
     for offset in (torch.randint(-2, 3, (12, 2)), torch.randint(-9, 10, (12, 2)), torch.zeros(12, 2).long()):
         for size in ((5, 8), (3, 4), (7, 2)):
             first = _by_runs(x, list(runs_of(offset)), size, step)
-            second = _by_index(x, offset, size, step)
+            second = _follow(x, _index(x, offset, size, step), size, step)
             assert torch.equal(first, second)
             assert first.is_contiguous(memory_format=layout)
             assert second.is_contiguous(memory_format=layout)
     x[:, :, 0, 0] = float("nan")
     assert not translate(x, torch.full((12, 2), 9)).any()
+
+
+def test_a_kept_plan_follows_displacements_and_sides():
+    layer, x = SparseShift(9).eval(), torch.randn(2, 9, 6, 5)
+    with torch.no_grad():
+        for change in (
+            lambda: None,
+            lambda: layer.shift.data.fill_(1),
+            lambda: layer.shift.data.copy_(torch.ones(9, 2)),
+        ):
+            change()
+            for images in (x, x[:, :, :4], x.to(memory_format=torch.channels_last)):
+                assert torch.equal(layer(images), translate(images, layer.offsets()))
+        assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
 def test_rounding_goes_away_from_zero():

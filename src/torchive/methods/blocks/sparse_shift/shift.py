@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 #: Copying a run of channels costs a few calls; an index costs time for each number. So many numbers weigh one run.
-_NUMBERS_A_RUN = 30_000
+_NUMBERS_A_RUN = 60_000
 
 
 def round_half_away(x: Tensor) -> Tensor:
@@ -43,12 +45,60 @@ def translate(x: Tensor, offset: Tensor, size: tuple[int, int] | None = None, st
         size: rows and columns of y; every ``step``-th of H and W if None.
         step: distance of the positions that are read.
     """
-    size = size or (-(-x.shape[2] // step), -(-x.shape[3] // step))
-    if x.device.type == "cpu" and x.numel() and not torch.compiler.is_compiling():
+    size = size or _size(x, step)
+    return _follow(x, _plan(x, offset, size, step), size, step)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a translation is made: by runs of channels, or by the place of each number and those beyond the border."""
+
+    runs: list[tuple[int, int, int, int]] | None = None
+    index: Tensor | None = None
+    beyond: Tensor | None = None  # places on a CPU, where writing few of them is faster, else a mask
+
+
+def _size(x: Tensor, step: int) -> tuple[int, int]:
+    return -(-x.shape[2] // step), -(-x.shape[3] // step)
+
+
+def _plan(x: Tensor, offset: Tensor, size: tuple[int, int], step: int) -> _Plan:
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         runs = list(runs_of(offset))
         if len(runs) * _NUMBERS_A_RUN < x.numel():
-            return _by_runs(x, runs, size, step)
-    return _by_index(x, offset, size, step)
+            return _Plan(runs)
+    return _index(x, offset, size, step)
+
+
+def _index(x: Tensor, offset: Tensor, size: tuple[int, int], step: int) -> _Plan:
+    """Where each number of an image is in the memory of the input's image."""
+    channels, height, width = x.shape[1:]
+    rows = step * torch.arange(size[0], device=x.device) + offset[:, :1]  # (C, H')
+    columns = step * torch.arange(size[1], device=x.device) + offset[:, 1:]  # (C, W')
+    above, aside = (rows < 0) | (rows >= height), (columns < 0) | (columns >= width)
+    rows, columns = rows.clamp(0, height - 1) * width, columns.clamp(0, width - 1)
+    channel = torch.arange(channels, device=x.device)[:, None]
+    if _layout(x) is torch.channels_last:
+        rows, columns = (rows * channels + channel).t()[:, None], (columns * channels).t()[None]
+        beyond = above.t()[:, None] | aside.t()[None]  # (H', W', C)
+    else:
+        rows, columns = (rows + channel * (height * width))[:, :, None], columns[:, None]
+        beyond = above[:, :, None] | aside[:, None]  # (C, H', W')
+    places = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return _Plan(None, rows + columns, beyond.flatten().nonzero().squeeze(1) if places else beyond.flatten())
+
+
+def _follow(x: Tensor, plan: _Plan, size: tuple[int, int], step: int) -> Tensor:
+    if plan.runs is not None:
+        return _by_runs(x, plan.runs, size, step)
+    assert plan.index is not None
+    assert plan.beyond is not None
+    last = _layout(x) is torch.channels_last
+    flat = (x.permute(0, 2, 3, 1) if last else x).flatten(1)  # (N, C H W), no copy where the memory is dense
+    y = flat.index_select(1, plan.index.flatten())
+    y = y.masked_fill_(plan.beyond, 0) if plan.beyond.dtype == torch.bool else y.index_fill_(1, plan.beyond, 0)
+    y = y.unflatten(1, plan.index.shape)
+    return y.permute(0, 3, 1, 2) if last else y  # (N, C, H', W')
 
 
 def _by_runs(x: Tensor, runs: list[tuple[int, int, int, int]], size: tuple[int, int], step: int) -> Tensor:
@@ -65,20 +115,6 @@ def _by_runs(x: Tensor, runs: list[tuple[int, int, int, int]], size: tuple[int, 
             there = old[:, :, i : step * (i1 - 1) + rows + 1 : step, j : step * (j1 - 1) + columns + 1 : step]
             new[:, :, i0:i1, j0:j1].copy_(there)
     return y
-
-
-def _by_index(x: Tensor, offset: Tensor, size: tuple[int, int], step: int) -> Tensor:
-    height, width = x.shape[2:]
-    rows = step * torch.arange(size[0], device=x.device) + offset[:, :1]  # (C, H')
-    columns = step * torch.arange(size[1], device=x.device) + offset[:, 1:]  # (C, W')
-    beyond = ((rows < 0) | (rows >= height))[:, :, None] | ((columns < 0) | (columns >= width))[:, None]
-    index = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None]  # (C, H', W')
-    if _layout(x) is torch.channels_last:
-        flat = x.permute(0, 2, 3, 1).flatten(1, 2)  # (N, H W, C), no copy
-        y = flat.gather(1, index.flatten(1).t().expand(x.shape[0], -1, -1)).unflatten(1, size).permute(0, 3, 1, 2)
-    else:
-        y = x.flatten(2).gather(2, index.flatten(1).expand(x.shape[0], -1, -1)).unflatten(2, size)
-    return y.masked_fill_(beyond, 0)  # (N, C, H', W')
 
 
 def _layout(x: Tensor) -> torch.memory_format:
@@ -155,6 +191,10 @@ def grid(channels: int, kernel_size: int = 3) -> Tensor:
     cell = torch.arange(length * kernel_size**2) // max(length, 1)
     found = torch.stack([cell // kernel_size, cell % kernel_size], 1) - kernel_size // 2
     return torch.cat([found, found.new_zeros(channels - len(found), 2)]).float()
+
+
+#: The last plan of each layer that was asked without gradients; not the layer's state.
+_KEPT: WeakKeyDictionary[nn.Module, tuple[Any, Tensor, _Plan]] = WeakKeyDictionary()
 
 
 class SparseShift(nn.Module):
@@ -243,14 +283,22 @@ class SparseShift(nn.Module):
         if self.variant == "active":
             return self._interpolated(x, shift)
         if plain:
-            return translate(x, round_half_away(shift).long(), None, self.stride)
+            return self._still(x, round_half_away(shift).long())
         return _Sparse.apply(x, shift, self.stride)
+
+    def _still(self, x: Tensor, offset: Tensor) -> Tensor:
+        """Without gradients; on a CPU the plan is kept while displacements and sides are the same."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return translate(x, offset, None, self.stride)
+        size, key, kept = _size(x, self.stride), (x.shape, _layout(x)), _KEPT.get(self)
+        if kept is None or kept[0] != key or not torch.equal(kept[1], offset):
+            kept = _KEPT[self] = (key, offset, _plan(x, offset, size, self.stride))
+        return _follow(x, kept[2], size, self.stride)
 
     def _interpolated(self, x: Tensor, shift: Tensor) -> Tensor:
         floor = shift.detach().floor()
         u, v = (shift - floor)[:, :, None, None].to(x.dtype).unbind(1)  # (C, 1, 1)
-        size = (-(-x.shape[2] // self.stride), -(-x.shape[3] // self.stride))
-        x00, x01, x10, x11 = _corners(x, floor.long(), size, self.stride)
+        x00, x01, x10, x11 = _corners(x, floor.long(), _size(x, self.stride), self.stride)
         upper, lower = torch.lerp(x00, x01, v), torch.lerp(x10, x11, v)
         return torch.lerp(upper, lower, u)
 
