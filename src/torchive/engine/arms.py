@@ -228,8 +228,8 @@ def pair_models(recipes: Mapping[str, Recipe]) -> Pairing:
     """Build both arms of a pair from filled recipes of one seed, and give them equal values where they share a tensor.
 
     Tensors are shared where name, shape and type agree; a part inserted behind a module does not change that module's
-    names. The values come from the smaller arm, so that swapping the arms changes nothing. What only one arm has keeps
-    the values that its class drew from the pair's seed.
+    names, and what it gave another start on purpose stays its own. The values come from the smaller arm, so that
+    swapping the arms changes nothing. What only one arm has keeps the values that its class drew from the pair's seed.
 
     Raises:
         ComparisonError: shared tensors are not equal after all.
@@ -238,7 +238,9 @@ def pair_models(recipes: Mapping[str, Recipe]) -> Pairing:
     states = {arm: _state(model) for arm, model in models.items()}
     source = min(states, key=lambda arm: (_values(states[arm]), json.dumps(recipes[arm].to_dict(), sort_keys=True)))
     other = next(arm for arm in states if arm != source)
-    common = [name for name, value in states[source].items() if _alike(value, states[other].get(name))]
+    restarted = {name for model in models.values() for name in _changed(model)}
+    alike = [name for name, value in states[source].items() if _alike(value, states[other].get(name))]
+    common = [name for name in alike if name not in restarted]
     for name in common:
         states[other][name] = states[source][name]
     hashes = {arm: _hash(state, common) for arm, state in states.items()}
@@ -281,6 +283,13 @@ def _plain_names(model: nn.Module) -> dict[str, str]:
                 plain = host.removesuffix("host.") + plain.removeprefix(host)
         names[name] = plain
     return names
+
+
+def _changed(model: nn.Module) -> list[str]:
+    """Parameters that an inserted part gave another start, under the names that they have without it."""
+    names = _plain_names(model)
+    places = [(name, m) for name, m in model.named_modules() if isinstance(m, Followed)]
+    return [names[f"{name}.host.{key}" if name else f"host.{key}"] for name, m in places for key in m.changed]
 
 
 def _alike(one: Tensor, other: Tensor | None) -> bool:

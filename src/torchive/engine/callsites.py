@@ -123,7 +123,7 @@ def trace_calls(model: nn.Module, example: Any = None) -> Trace:
     Raises:
         ValueError: no example runs; the message holds the first error.
     """
-    examples = [example] if example is not None else list(_examples(model))
+    examples = [example] if example is not None else list(examples_of(model))
     first: Exception | None = None
     for candidate in examples:
         trace = Trace(candidate)
@@ -133,7 +133,7 @@ def trace_calls(model: nn.Module, example: Any = None) -> Trace:
             hooks.append(module.register_forward_pre_hook(recorder.enter))
             hooks.append(module.register_forward_hook(recorder.leave))
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), _evaluating(model), recorder:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model), recorder:
                 model(*candidate) if isinstance(candidate, tuple) else model(candidate)
             return trace
         except Exception as error:
@@ -147,7 +147,8 @@ def trace_calls(model: nn.Module, example: Any = None) -> Trace:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; the mode of every module is restored."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -157,7 +158,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _examples(model: nn.Module) -> Iterator[Any]:
+def examples_of(model: nn.Module) -> Iterator[Any]:
     """Inputs to try, most likely first: images at the network's own size, a list of images, a clip, a sequence."""
     parameter = next(model.parameters(), torch.zeros(()))
     like: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}

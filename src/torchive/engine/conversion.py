@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,11 +55,14 @@ class ConversionReport:
 
 
 class Followed(nn.Module):
-    """A host module and the part inserted after it. Weights saved before the insertion still load."""
+    """A host module and the part inserted after it. Weights saved before the insertion still load.
 
-    def __init__(self, host: nn.Module, part: nn.Module) -> None:
+    ``changed`` names parameters of the host that the part gave another start.
+    """
+
+    def __init__(self, host: nn.Module, part: nn.Module, *, changed: Sequence[str] = ()) -> None:
         super().__init__()
-        self.host, self.part = host, part
+        self.host, self.part, self.changed = host, part, tuple(changed)
         self.register_load_state_dict_pre_hook(_accept_plain_keys)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

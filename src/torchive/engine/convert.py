@@ -12,15 +12,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
 from torchive.catalogue import class_path_of, get_card
 from torchive.engine.callsites import Call, Trace, split_calls, trace_calls
 from torchive.engine.conversion import Change, ConversionError, ConversionReport, Followed
+from torchive.engine.places import a_few, insertion_places, matches
 from torchive.engine.rewriting import rewrite
 
 
@@ -72,9 +73,10 @@ def convert(
     report = ConversionReport(name, [], [], (before, before))
     try:
         if isinstance(part, str):
-            rewrite(model, _load(part), lambda place: _matches(place, patterns), trace, options, report)
+            rewrite(model, _load(part), lambda place: matches(place, patterns), trace, options, report)
         elif part is not None:
-            _insert(model, part, patterns, places, trace, options, report)
+            names = insertion_places(model, method, patterns, places, example, report)
+            _insert(model, part, names, trace, options, report)
         else:
             _replace(model, rules, patterns, trace, options, report)
     except Exception:
@@ -132,18 +134,6 @@ def _parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _matches(name: str, patterns: list[str] | None) -> bool:
-    if patterns is None:
-        return True
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            if re.fullmatch(pattern[3:], name):
-                return True
-        elif fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*"):
-            return True
-    return False
-
-
 def _replace(
     model: nn.Module,
     rules: list[Rule],
@@ -157,7 +147,7 @@ def _replace(
     targets: list[tuple[str, nn.Module, Rule]] = []
     for name, module in model.named_modules():
         rule = next((r for r in rules if isinstance(module, r.old)), None)
-        if rule is None or not name or id(module) in inside or not _matches(name, patterns):
+        if rule is None or not name or id(module) in inside or not matches(name, patterns):
             continue
         reason = _refusal(model, name, module, rule, trace)
         if reason:
@@ -192,7 +182,7 @@ def _replace_functions(
     for rule in rules:
         for owner, calls in trace.functions(rule.functions).items():
             inside = {id(m) for module in model.modules() if isinstance(module, rule.new) for m in module.modules()}
-            if not _matches(owner or "forward", patterns) or id(model.get_submodule(owner)) in inside:
+            if not matches(owner or "forward", patterns) or id(model.get_submodule(owner)) in inside:
                 continue
             sites = split_calls(model, owner, trace, report._undo, functions=rule.functions, function_calls=calls)
             if sites is None:
@@ -262,14 +252,11 @@ def _swap(
 def _insert(
     model: nn.Module,
     part: type[nn.Module],
-    patterns: list[str] | None,
-    places: list[list[str]],
+    names: list[str],
     trace: Trace,
     options: dict[str, Any],
     report: ConversionReport,
 ) -> None:
-    choices = [patterns] if patterns is not None else places
-    names = next((found for choice in choices if (found := _outermost(model, choice))), [])
     for name in names:
         module = model.get_submodule(name)
         outputs = trace.outputs.get(id(module), [])
@@ -297,12 +284,19 @@ def _insert(
             extra.setdefault("channel_dim", -1)
         if len(call.shape) != 4 and _takes(part, "ndim"):
             extra.setdefault("ndim", len(call.shape) - 2)
+        new_start = hasattr(part, "from_host")  # which may change the host's weights
+        kept = {k: v.detach().clone() for k, v in module.named_parameters()} if new_start else {}
+        report._undo.append(lambda m=module, k=kept: _restore(m, k))  # type: ignore[misc]
         try:
-            block = part.from_channels(call.channels, **extra)  # type: ignore[attr-defined]
+            if new_start:
+                block = part.from_host(module, channels=call.channels, **extra)  # type: ignore[attr-defined]
+            else:
+                block = part.from_channels(call.channels, **extra)  # type: ignore[attr-defined]
         except (TypeError, ValueError) as error:
             raise ConversionError(f"{name}: {part.__name__} refuses {call.channels} channels: {error}") from error
         _like(block, module, model)
-        followed = Followed(module, block)
+        changed = [key for key, value in kept.items() if not torch.equal(value, module.get_parameter(key))]
+        followed = Followed(module, block, changed=changed)
         followed.train(module.training)
         _set(model, name, followed, report)
         report.changes.append(
@@ -310,13 +304,10 @@ def _insert(
         )
 
 
-def _outermost(model: nn.Module, patterns: list[str]) -> list[str]:
-    found: list[str] = []
-    for name, _module in model.named_modules():
-        exact = any(re.fullmatch(p[3:], name) if p.startswith("re:") else fnmatchcase(name, p) for p in patterns)
-        if name and exact and not any(name.startswith(f"{outer}.") for outer in found):
-            found.append(name)
-    return found
+@torch.no_grad()
+def _restore(module: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    for name, value in values.items():
+        module.get_parameter(name).copy_(value)
 
 
 def _takes(cls: type[nn.Module], option: str) -> bool:
@@ -358,12 +349,7 @@ def _nothing(
         hint = f"; its layers are {has}; replaces= takes another type"
         return f"{name} replaces {wanted}, and {type(model).__name__} has none{hint}"
     if patterns is None:
-        return f"{name}: none of the card's places fits {type(model).__name__}; say where=, for example {_some(names)}"
+        return f"{name}: none of the card's places fits {type(model).__name__}; say where=, for example {a_few(names)}"
     close = get_close_matches(patterns[0].replace("*", ""), names, n=3, cutoff=0.3) or names[:3]
     kinds_wanted = f" with {' or '.join(r.old.__name__ for r in rules)}" if rules else ""
-    return f"{name}: no module{kinds_wanted} matches {', '.join(map(repr, patterns))}; names look like {_some(close)}"
-
-
-def _some(names: list[str]) -> str:
-    stages = [n for n in names if n.count(".") <= 1][:4] or names[:4]
-    return ", ".join(repr(n) for n in stages) or "(no modules)"
+    return f"{name}: no module{kinds_wanted} matches {', '.join(map(repr, patterns))}; names look like {a_few(close)}"

@@ -6,6 +6,7 @@ from torchive.nn.embedder import Embedder
 from torchive.nn.network import build_features, build_network
 from torchive.nn.plain import PlainNetwork
 from torchive.nn.pooled import PooledNetwork
+from torchive.nn.residual import ResidualNetwork
 from torchive.nn.segmenter import Segmenter
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Embedder",
     "PlainNetwork",
     "PooledNetwork",
+    "ResidualNetwork",
     "Segmenter",
     "build_features",
     "build_network",
