@@ -13,11 +13,13 @@ from torchive.methods.classification.learn_to_pay_attention import (
     AttentionClassifier,
     CompatibilityAttention,
     GridAttention,
+    ResNetMaps,
     VGGMaps,
     fgsm,
     foreground,
     pointing_hits,
 )
+from torchive.methods.explanation.grad_cam import GradCAM
 
 REPOSITORY, COMMIT = "SaoYan/LearnToPayAttention", "61cf5b2baedc4d31a0c69ef9e6453172f48d1785"
 TINY = {"widths": [4, 4, 6, 8, 8, 8], "layers": [1, 1, 1, 1, 1, 2]}
@@ -257,6 +259,29 @@ def test_the_papers_network():
     assert [m.shape[-1] for m in VGGMaps(**TINY).eval()(torch.zeros(1, 3, 5, 7))] == [7, 4, 2, 1]
 
 
+def test_the_papers_residual_network():
+    """163 convolutions and the classifier are its 164 layers, 1.7 M parameters; the release's block stands behind."""
+    with torch.device("meta"):
+        maps = ResNetMaps()
+        model = AttentionClassifier("resnet", levels=2, feature_dim=256, project="global", head_norm=True, drop=0.3)
+    own = {name: m for name, m in maps.named_modules() if isinstance(m, nn.Conv2d) and not name.startswith("last")}
+    assert sum("shortcut" not in name for name in own) == 163
+    trunk = sum(p.numel() for name, p in maps.named_parameters() if not name.startswith("last"))
+    assert round((trunk + 256 * 10 + 10) / 1e6, 1) == 1.7
+    assert [tuple(p.weight.shape) for p in model.projections if isinstance(p, nn.Linear)] == [(128, 256)]
+    assert model.heads[0].in_features == 128 + 256
+    small = ResNetMaps(11, widths=(8, 8, 16), stem_channels=4).eval()
+    for side, sizes in ((32, [32, 16, 8, 1]), (5, [5, 3, 2, 1]), (70, [70, 35, 18, 3])):
+        found = small(torch.randn(2, 3, side, side))
+        assert [m.shape[2] for m in found] == sizes
+        assert [m.shape[1] for m in found] == [level.channels for level in small.levels]
+    other = AttentionClassifier("resnet", levels=2, feature_dim=16, options={"depth": 11, "widths": (8, 8, 16)})
+    other.losses(torch.randn(4, 3, 32, 32), torch.arange(4))["loss"].backward()
+    for text, options in (("12", {"depth": 12}), ("10", {"widths": (8, 10, 16)})):
+        with pytest.raises(ValueError, match=text):
+            ResNetMaps(**options)
+
+
 @pytest.mark.parametrize("levels", [0, 1, 2, 3])
 def test_levels_head_norm_and_other_backbones(levels):
     model = network(levels=levels, head_norm=True, drop=0.5, score="grid")
@@ -282,6 +307,61 @@ def test_attacks_move_by_eps_against_the_model():
     assert torch.equal(fgsm(model, x, targets, 0.0), x)
     with pytest.raises(ValueError, match="-1"):
         fgsm(model, x, targets, -1.0)
+
+
+def scenes(count: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Images (N, 1, 24, 24) of one of four signs among six scraps of signs, their classes, and the signs' masks."""
+    i = torch.arange(7)
+    signs = torch.zeros(4, 7, 7)
+    signs[0, 3] = signs[0, :, 3] = 1
+    signs[1, 0] = signs[1, 6] = signs[1, :, 0] = signs[1, :, 6] = 1
+    signs[2, i, i] = signs[2, i, 6 - i] = 1
+    signs[3, ::3] = 1
+    images, masks = 0.3 * torch.rand(count, 24, 24, generator=draw), torch.zeros(count, 24, 24, dtype=torch.bool)
+    classes = torch.randint(4, (count,), generator=draw)
+    for image, mask, k in zip(images, masks, classes.tolist(), strict=True):
+        for _ in range(6):
+            x, y, u, v, other = (int(torch.randint(n, (), generator=draw)) for n in (20, 20, 4, 4, 4))
+            image[x : x + 4, y : y + 4] += signs[other, u : u + 4, v : v + 4]
+        x, y = (int(torch.randint(17, (), generator=draw)) for _ in range(2))
+        image[x : x + 7, y : y + 7] = 0.3 * image[x : x + 7, y : y + 7] + signs[k]
+        mask[x : x + 7, y : y + 7] = True
+    return images[:, None] - 0.4, classes, masks
+
+
+@pytest.mark.slow
+def test_signs_among_scraps():
+    """Accuracy, pointing and attacks: learnt maps, and Grad-CAM on the same network without attention."""
+    draw = torch.Generator().manual_seed(0)
+    x, classes, _ = scenes(2048, draw)
+    seen, truth, masks = scenes(400, draw)
+    figures: dict[str, dict[str, float]] = {}
+    for name, options in (("plain", {"levels": 0}), ("pc", {"score": "pc"}), ("dp", {"score": "dp"})):
+        torch.manual_seed(0)
+        narrow = {"widths": [8, 8, 16, 16, 16, 16], "layers": [1, 1, 1, 1, 1, 2]}
+        model = AttentionClassifier(num_classes=4, in_channels=1, feature_dim=16, options=narrow, **options)
+        optimizer = torch.optim.AdamW(model.parameters(), 4e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=200)
+        for _ in range(200):
+            rows = torch.randint(len(x), (64,))
+            optimizer.zero_grad()
+            model.losses(x[rows], classes[rows])["loss"].backward()
+            optimizer.step()
+            schedule.step()
+        model.eval()
+        with torch.no_grad():
+            scores, maps = model.with_maps(seen)
+        attacked = model(fgsm(model, seen, truth, 0.1)).argmax(1) == truth
+        found = {"accuracy": (scores.argmax(1) == truth).float().mean(), "under_attack": attacked.float().mean()}
+        for level, c in enumerate(maps):
+            found[f"map_{level + 1}"] = pointing_hits(c, masks).float().mean()
+        for block in (2, 3, 4):
+            explained = GradCAM(layer=f"backbone.blocks.{block}").explain(model, seen, truth).maps
+            found[f"grad_cam_{block - 1}"] = pointing_hits(explained, masks).float().mean()
+        figures[name] = {key: round(float(value), 3) for key, value in found.items()}
+    assert min(f["accuracy"] for f in figures.values()) > 0.9
+    assert max(figures["pc"]["map_1"], figures["pc"]["map_2"]) > 0.4  # the sign covers 8.5 % of an image
+    assert min(figures[score]["under_attack"] for score in ("pc", "dp")) > figures["plain"]["under_attack"]
 
 
 def test_masks_and_pointing():

@@ -14,12 +14,14 @@ Differs  The last map is averaged before the layer that gives g, so that any ima
 from torchive.methods.classification.learn_to_pay_attention.attention import CompatibilityAttention, GridAttention
 from torchive.methods.classification.learn_to_pay_attention.network import AttentionClassifier
 from torchive.methods.classification.learn_to_pay_attention.probing import fgsm, foreground, pointing_hits
+from torchive.methods.classification.learn_to_pay_attention.resnet import ResNetMaps
 from torchive.methods.classification.learn_to_pay_attention.vgg import VGGMaps
 
 __all__ = [
     "AttentionClassifier",
     "CompatibilityAttention",
     "GridAttention",
+    "ResNetMaps",
     "VGGMaps",
     "fgsm",
     "foreground",

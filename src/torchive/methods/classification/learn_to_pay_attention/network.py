@@ -13,9 +13,12 @@ from torchive.methods.classification.learn_to_pay_attention.attention import (
     GridAttention,
     Normalisation,
 )
+from torchive.methods.classification.learn_to_pay_attention.resnet import ResNetMaps
 from torchive.methods.classification.learn_to_pay_attention.vgg import VGGMaps
 from torchive.nn.network import build_features
 from torchive.structures import Classification
+
+_PAPER: dict[str, type[nn.Module]] = {"vgg": VGGMaps, "resnet": ResNetMaps}
 
 
 class AttentionClassifier(nn.Module):
@@ -25,7 +28,7 @@ class AttentionClassifier(nn.Module):
     softmax nothing that computes g gets a gradient.
 
     Args:
-        backbone: "vgg", the paper's network; ``timm/NAME``, ``torchvision/NAME`` or a module with ``levels``.
+        backbone: "vgg" or "resnet", the paper's; ``timm/NAME``, ``torchvision/NAME`` or a module with ``levels``.
         num_classes: K.
         in_channels: C, for a named backbone.
         levels: S, how many maps are attended to, the last ones before the global one; 0 classifies g itself, which is
@@ -77,8 +80,8 @@ class AttentionClassifier(nn.Module):
             raise ValueError(
                 f"expected num_classes, feature_dim >= 1 and drop in [0, 1), got {num_classes}, {feature_dim}, {drop}"
             )
-        if backbone == "vgg":
-            self.backbone: nn.Module = VGGMaps(in_channels=in_channels, **(options or {}))
+        if isinstance(backbone, str) and backbone in _PAPER:
+            self.backbone: nn.Module = _PAPER[backbone](in_channels=in_channels, **(options or {}))
         else:
             self.backbone = build_features(backbone, in_channels=in_channels, **(options or {}))
         *maps, last = (level.channels for level in self.backbone.levels)  # type: ignore[union-attr]
