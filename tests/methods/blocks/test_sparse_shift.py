@@ -31,6 +31,7 @@ from torchive.methods.blocks.sparse_shift import (
 )
 from torchive.methods.blocks.sparse_shift.shift import _by_runs, _follow, _index, runs_of
 
+PORT = "DeadAt0m/ActiveSparseShifts-PyTorch at 218c6beb83956c8be53b07fe7919f6de27cebb74"
 REPOSITORY, COMMIT = "hikvision-research/SparseShiftLayer", "7663601061295de6e097baafc2dbb53627b80343"
 
 
@@ -162,7 +163,19 @@ def test_matches_the_authors_kernels_and_network(double, record, parity):
     figures = {"largest_difference": max(worst.values()), "relative": True, "layers": 6, "networks": 1, **worst}
     how = "their CUDA kernels compiled for the CPU in float64; five layers and the network with floor for truncation"
     figures["channels_whose_gradient_truncation_spoils"] = f"{differs} of 12"
-    record("sparse_shift", "matched", repository=REPOSITORY, commit=COMMIT, how=how, **figures)
+    record("sparse_shift", "matched", repository=REPOSITORY, commit=COMMIT, port=PORT, how=how, **figures)
+
+
+def test_matches_the_port_where_it_is_right(double, parity):
+    """Its displacements have the other sign, and its active shift reads the fraction the other way again."""
+    stored, stream = parity("sparse_shift"), np.random.RandomState(1)
+    shift, x, grad = (torch.from_numpy(stream.standard_normal(shape)) for shape in ((6, 2), (2, 6, 5, 7), (2, 6, 5, 7)))
+    shift, x = shift * 1.5, x.requires_grad_()
+    y = layer_of(-shift)(x)
+    y.backward(grad)
+    active = layer_of(shift - 2 * shift.floor(), variant="active")(x)
+    found = {"sparse.y": y, "sparse.dx": x.grad, "active.y": active}
+    assert max((value - stored[f"port.{name}"]).abs().max().item() for name, value in found.items()) < 1e-14
 
 
 def test_the_releases_grid_has_fractions(parity):
