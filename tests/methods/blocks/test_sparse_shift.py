@@ -213,6 +213,8 @@ def test_whole_steps_are_a_roll_and_a_depthwise_convolution(layout):
         assert torch.equal(SparseShift(9, stride=stride, variant="grouped")(x), strided(x))
     still = SparseShift(9, start="zero")(x)
     assert torch.equal(still, x)
+    with torch.no_grad():
+        assert SparseShift(9, start="zero")(x).data_ptr() == x.data_ptr()  # no copy
     assert moved_share(nn.Sequential(SparseShift(9), SparseShift(9, start="zero"))) == 8 / 18
 
 

@@ -290,6 +290,8 @@ class SparseShift(nn.Module):
         """Without gradients; on a CPU the plan is kept while displacements and sides are the same."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return translate(x, offset, None, self.stride)
+        if self.stride == 1 and not offset.any():
+            return x  # nothing moves, so nothing is copied
         size, key, kept = _size(x, self.stride), (x.shape, _layout(x)), _KEPT.get(self)
         if kept is None or kept[0] != key or not torch.equal(kept[1], offset):
             kept = _KEPT[self] = (key, offset, _plan(x, offset, size, self.stride))
