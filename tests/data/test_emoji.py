@@ -1,4 +1,4 @@
-"""The emoji: 165 classes by name, six skin tones each, and no drawing style in two of training and test."""
+"""The emoji: classes by name, six skin tones each, and no drawing style in two of training and test."""
 
 from __future__ import annotations
 
@@ -43,6 +43,29 @@ def test_classes_are_those_of_the_package() -> None:
     label = INFO.classes.index("astronaut")
     part = open_data("emoji", "train")
     assert "twitter/1f9d1-200d-1f680" in {name for name, k in zip(part.ids, part.labels, strict=True) if k == label}
+
+
+@pytest.mark.data
+def test_activities_are_others_than_the_roles() -> None:
+    """No drawing and no class is in both sets; mirrored classes, which a flip would mix up, are left out."""
+    info = SAMPLE_SETS["emoji-activities"]
+    entries = json.loads(archives.read(obtain(info.packages[1]), ("package/emoji.json",))["package/emoji.json"])
+    groups = {"person-activity", "person-sport", "person-resting"}
+    taken = [e for e in entries if e["subcategory"] in groups and len(e.get("skin_variations", {})) == 5]
+    assert {e["short_name"] for e in taken if not e["short_name"].endswith("_facing_right")} == set(info.classes)
+    assert not set(info.classes) & set(INFO.classes)
+    parts = {split: open_data("emoji-activities", split) for split in SPLITS}
+    count = len(info.classes)
+    assert {split: len(part) for split, part in parts.items()} == {
+        "train": 6 * count,
+        "val": 2 * count,
+        "test": 4 * count,
+    }
+    assert {name.partition("/")[0] for name in parts["train"].ids} == {"twitter"}
+    assert {name.partition("/")[0] for split in ("val", "test") for name in parts[split].ids} == {"google"}
+    others = {name for split in SPLITS for name in open_data("emoji", split).ids}
+    assert not others & {name for part in parts.values() for name in part.ids}
+    assert set(Counter(parts["test"].labels.tolist()).values()) == {4}
 
 
 @pytest.mark.data

@@ -1,4 +1,4 @@
-"""The classes of ``emoji``: short names of its package, in the order of the code points."""
+"""The classes of ``emoji`` and ``emoji-activities``: short names of its package, in the order of the code points."""
 
 from __future__ import annotations
 
@@ -27,4 +27,21 @@ female_mage male_mage fairy female_fairy male_fairy vampire female_vampire male_
 merman elf female_elf male_elf pregnant_man pregnant_person person_with_crown
 """
 
+_ACTIVITIES = """
+snowboarder runner woman-running man-running surfer woman-surfing man-surfing horse_racing swimmer
+woman-swimming man-swimming weight_lifter woman-lifting-weights man-lifting-weights golfer woman-golfing
+man-golfing man_with_probing_cane man_in_motorized_wheelchair man_in_manual_wheelchair woman_with_probing_cane
+woman_in_motorized_wheelchair woman_in_manual_wheelchair dancer massage woman-getting-massage
+man-getting-massage haircut woman-getting-haircut man-getting-haircut man_in_business_suit_levitating
+man_dancing rowboat woman-rowing-boat man-rowing-boat bicyclist woman-biking man-biking mountain_bicyclist
+woman-mountain-biking man-mountain-biking walking woman-walking man-walking bath sleeping_accommodation
+person_doing_cartwheel woman-cartwheeling man-cartwheeling juggling woman-juggling man-juggling water_polo
+woman-playing-water-polo man-playing-water-polo handball woman-playing-handball man-playing-handball
+standing_person woman_standing man_standing kneeling_person woman_kneeling man_kneeling
+person_with_probing_cane person_in_motorized_wheelchair person_in_manual_wheelchair person_in_steamy_room
+woman_in_steamy_room man_in_steamy_room person_climbing woman_climbing man_climbing person_in_lotus_position
+woman_in_lotus_position man_in_lotus_position person_with_ball woman-bouncing-ball man-bouncing-ball
+"""
+
 EMOJI_NAMES = tuple(_NAMES.split())
+ACTIVITY_NAMES = tuple(_ACTIVITIES.split())

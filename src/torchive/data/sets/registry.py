@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torchive.data.packages import Package, wheel
 from torchive.data.samples import SampleSetInfo
-from torchive.data.sets.emoji_names import EMOJI_NAMES
+from torchive.data.sets.emoji_names import ACTIVITY_NAMES, EMOJI_NAMES
 
 _STAMPS = Package(
     "apt",
@@ -157,6 +157,18 @@ _ALL = (
         description="Fine-grained: people in 165 roles and six skin tones; one drawing style trains, the other tests.",
         packages=(_TWITTER, _GOOGLE),
         module="emoji",
+    ),
+    SampleSetInfo(
+        name="emoji-activities",
+        task="classification",
+        classes=ACTIVITY_NAMES,
+        size="948 drawings, 64 x 64, colour",
+        licence="CC-BY-4.0 (Twemoji drawings); Apache-2.0 (Noto drawings); MIT (names)",
+        commercial=True,
+        origin="Twemoji, Noto Emoji; npm packages emoji-datasource-twitter and emoji-datasource-google (Cal Henderson)",
+        description="People at 79 activities, none in emoji, for comparisons whose settings were chosen there.",
+        packages=(_TWITTER, _GOOGLE),
+        module="emoji_activities",
     ),
 )
 
