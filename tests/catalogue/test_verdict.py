@@ -56,6 +56,13 @@ def test_the_exported_files_latency_decides_where_it_was_measured() -> None:
     assert judge(CARD, PROVED, [(measurement(ratios=ratios, export=slow), 0.01)]).why == ("latency x 1.30",)
 
 
+def test_a_setting_where_the_arms_were_identical_says_nothing() -> None:
+    idle = {"mean": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+    worse = {"mean": -0.02, "low": -0.03, "high": -0.01, "p": 0.01}
+    found = judge(CARD, PROVED, [(measurement(difference=idle), 1.0), (measurement(difference=worse), 0.01)])
+    assert found.why == ("loss: accuracy -2.0 [-3.0, -1.0] points",)
+
+
 @pytest.mark.parametrize(
     ("changes", "adjusted", "reason"),
     [

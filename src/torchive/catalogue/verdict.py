@@ -99,8 +99,10 @@ def judge(card: Card, record: Mapping[str, Any], measured: Sequence[tuple[Entry,
 
 
 def _gain(entry: Entry) -> float:
-    """The lower end of the interval in the direction of better."""
+    """The lower end of the interval in the direction of better; the lowest of all where the arms were identical."""
     difference = entry["difference"]
+    if difference["low"] == difference["high"] == 0:
+        return -float("inf")  # the method did nothing there, which says nothing about it
     return float(difference["low"]) if entry.get("higher_is_better", True) else -float(difference["high"])
 
 
