@@ -121,7 +121,7 @@ def test_matches_the_authors_block(double, record, parity):
     for case in cases:
         given = {key.removeprefix(f"{case}:"): v for key, v in stored.items() if key.startswith(f"{case}:")}
         width = 4 if case != "whole" else 16
-        options = {"pooled": True, "eps": 5e-5} if case == "pooled" else {}  # it divides the sum of 4 maxima by 20 positions
+        options = {"pooled": True, "eps": 5e-5} if case == "pooled" else {}  # 4 maxima, 20 positions
         block = ChannelEquilibrium(given["e.x"].shape[1], group_channels=width, **options)
         starts = {NAMES[k[2:]]: v for k, v in given.items() if k.startswith("w.")}
         assert not block.load_state_dict(starts, strict=False).unexpected_keys
