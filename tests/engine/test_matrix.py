@@ -20,23 +20,26 @@ def test_every_block_stands_in_it_with_every_network_and_none_fails() -> None:
     for method, row in recorded.items():
         assert list(row) == list(NETWORKS), method
         for network, cell in row.items():
-            assert cell["state"] in ("works", "no sense"), (method, network, cell)
-            if cell["state"] == "works":
-                assert cell["loss"][1] < cell["loss"][0]
-                assert cell.get("gap", 0.0) < 1e-3
-            else:
-                assert cell["why"]
+            assert cell["state"] in ("works", "unsteady", "no sense"), (method, network, cell)
+            if cell["state"] != "no sense":
+                assert (cell["loss"][1] < cell["loss"][0]) == (cell["state"] == "works")
+                assert cell.get("gap", 0.0) < 1e-3 or cell["gap"] < 2 * cell.get("rounding", 0.0)
+            assert cell["state"] == "works" or cell["why"]
+    assert sum(cell["state"] == "unsteady" for row in recorded.values() for cell in row.values()) <= len(recorded) // 10
 
 
 @pytest.mark.parametrize(("method", "network"), SAMPLE)
 def test_a_sample_is_measured_again(method: str, network: str) -> None:
     known, found = recorded_matrix()[method][network], measure_cell(method, network)
-    assert (found.state, found.why) == (known["state"], known.get("why", ""))
-    if found.state == "works":
+    if known["state"] == "unsteady":  # which rounding decides
+        assert found.state in ("works", "unsteady")
+    else:
+        assert (found.state, found.why) == (known["state"], known.get("why", ""))
+    if found.state != "no sense":
         assert found.places == known["places"]
         assert list(found.parameters) == known["parameters"]
         assert found.loss[0] == pytest.approx(known["loss"][0], rel=0.02)  # the same start, on any processor
-        assert found.gap < 1e-3
+        assert found.gap < 1e-3 or found.gap < 2 * found.rounding
         assert found.keeps == known.get("keeps", False)
 
 
@@ -49,7 +52,10 @@ def test_cells_are_laid_over_what_was_recorded(tmp_path: Path) -> None:
     path = tmp_path / "matrix.json"
     path.write_text(json.dumps({"gcnet": {"ResNet-18": {"state": "fails", "why": "x"}}, "gone": {}}))
     cell = Cell("works", places=2, parameters=(100, 110), loss=(1.0, 0.5), gap=1e-6)
-    text = record_matrix({"gcnet": {"U-Net": cell}}, path)
+    other = Cell(
+        "unsteady", why="y", places=2, parameters=(100, 110), loss=(1.0, 1.5), gap=2.0, rounding=2.0, keeps=True
+    )
+    text = record_matrix({"gcnet": {"U-Net": cell, "ResNet-50": other}}, path)
     assert list(json.loads(path.read_text())) == ["gcnet"]
-    assert "| `gcnet` | **fails** | 2 · ×1.10 · 1e-06 |" in text
+    assert "| `gcnet` | **fails** | 2 · ×1.10 · 1e-06 | 2 · ×1.10 · 2e+00 · = · ~ · * |" in text
     assert "- `gcnet`, ResNet-18: x" in text
