@@ -12,16 +12,17 @@ import linecache
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import chain, count
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+
+from torchive.nn.passes import eval_mode
 
 
 @dataclass(frozen=True)
@@ -123,19 +124,46 @@ def trace_calls(model: nn.Module, example: Any = None) -> Trace:
     Raises:
         ValueError: no example runs; the message holds the first error.
     """
-    examples = [example] if example is not None else list(examples_of(model))
+    return observe(model, lambda candidate: _Recorder(Trace(candidate), model), example).trace
+
+
+class Recorder(Protocol):
+    """What watches a pass: a mode around it, told of every module that begins and ends."""
+
+    def __enter__(self) -> object: ...
+    def __exit__(self, *error: Any) -> object: ...
+    def enter(self, module: nn.Module, args: tuple[Any, ...]) -> None: ...
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None: ...
+
+
+_R = TypeVar("_R", bound=Recorder)
+
+
+def observe(model: nn.Module, recorder_for: Callable[[Any], _R], example: Any = None) -> _R:
+    """Run the network once under a recorder, with the example or the first of ``examples_of`` that it takes.
+
+    Args:
+        model: runs in eval mode, without gradients, and is left as it was; so are the generators.
+        recorder_for: example -> a recorder of its own.
+        example: an input, or a tuple of inputs.
+
+    Returns:
+        The recorder of the pass that ran.
+
+    Raises:
+        ValueError: no example runs; the message holds the first error.
+    """
     first: Exception | None = None
-    for candidate in examples:
-        trace = Trace(candidate)
-        recorder = _Recorder(trace, model)
+    for candidate in [example] if example is not None else examples_of(model):
+        recorder = recorder_for(candidate)
         hooks = []
         for module in model.modules():
             hooks.append(module.register_forward_pre_hook(recorder.enter))
             hooks.append(module.register_forward_hook(recorder.leave))
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model), recorder:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), eval_mode(model), recorder:
                 model(*candidate) if isinstance(candidate, tuple) else model(candidate)
-            return trace
+            return recorder
         except Exception as error:
             first = first or error
         finally:
@@ -144,18 +172,6 @@ def trace_calls(model: nn.Module, example: Any = None) -> Trace:
     raise ValueError(
         f"no example input runs through {type(model).__name__}; pass example=. First error: {first}"
     ) from first
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; the mode of every module is restored."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def examples_of(model: nn.Module) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from torchive.data.drawing import kept_generators
 from torchive.data.samples import SampleSet
 from torchive.engine.metrics import metrics_of, record_of
 from torchive.engine.recipe import REPRESENTING, Recipe, RecipeError
+from torchive.nn.passes import eval_mode
 from torchive.structures import Batch, Prediction
 
 
@@ -31,14 +32,8 @@ class Evaluation:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards every module's mode and the generators are as before."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), kept_generators():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with eval_mode(model), torch.no_grad(), kept_generators():
+        yield
 
 
 def evaluate(

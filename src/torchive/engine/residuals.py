@@ -10,12 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from torchive.engine.callsites import evaluating, examples_of
+from torchive.engine.callsites import observe
 
 #: Functions that add two tensors, and those that a term may pass on its way to the sum.
 _ADDS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
@@ -49,23 +48,7 @@ def trace_residuals(model: nn.Module, example: Any = None) -> Residuals:
     Raises:
         ValueError: no example runs; the message holds the first error.
     """
-    first: Exception | None = None
-    for candidate in [example] if example is not None else examples_of(model):
-        recorder = _Recorder(model)
-        hooks = []
-        for module in model.modules():
-            hooks.append(module.register_forward_pre_hook(recorder.enter))
-            hooks.append(module.register_forward_hook(recorder.leave))
-        try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model), recorder:
-                model(*candidate) if isinstance(candidate, tuple) else model(candidate)
-            return recorder.residuals()
-        except Exception as error:
-            first = first or error
-        finally:
-            for hook in hooks:
-                hook.remove()
-    raise ValueError(f"no example input runs through {type(model).__name__}; pass example=. First error: {first}")
+    return observe(model, lambda _: _Recorder(model), example).residuals()
 
 
 class _Recorder(TorchFunctionMode):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchive.nn.network import build_features, build_network
+from torchive.nn.passes import eval_mode
 
 
 class Encoder(nn.Module):
@@ -66,19 +67,14 @@ def _pooled(output: Tensor | list[Tensor]) -> Tensor:
 def _feature_dim(network: nn.Module, in_channels: int) -> int:
     first = next(network.parameters(), None)
     where = torch.get_default_device() if first is None else first.device
-    training = [(part, part.training) for part in network.modules()]
-    network.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(network):
             return int(_pooled(network(torch.zeros(1, in_channels, 64, 64, device=where))).shape[1])
     except (RuntimeError, AssertionError, ValueError) as error:
         known = getattr(network, "num_features", None)
         if isinstance(known, int):
             return known
         raise ValueError(f"the length of the features cannot be found ({error}); give feature_dim") from None
-    finally:
-        for part, flag in training:
-            part.training = flag
 
 
 def _shrink_stem(network: nn.Module) -> None:

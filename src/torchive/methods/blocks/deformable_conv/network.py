@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchive.methods.blocks.deformable_conv.convolution import DeformConv2d, Mode
+from torchive.nn.passes import as_inputs, eval_mode
 from torchive.nn.rewriting import Rewriting
 
 
@@ -102,31 +103,20 @@ def _places(network: nn.Module, example: Any) -> list[_Place]:
         if args and id(args[0]) in outputs:
             places[outputs[id(args[0])][1]].feeds_norm = True
 
+    inputs = as_inputs(network, example)
     hooks = []
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and name:
             hooks.append(module.register_forward_hook(called(name)))
         elif "Norm" in type(module).__name__:
             hooks.append(module.register_forward_pre_hook(read))
-    training = [(module, module.training) for module in network.modules()]
     try:
-        with torch.no_grad():
-            network.eval()(
-                *(example if isinstance(example, tuple) else (_image(network) if example is None else example,))
-            )
+        with torch.no_grad(), eval_mode(network):
+            network(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, flag in training:
-            module.training = flag
     return list(places.values())
-
-
-def _image(network: nn.Module) -> Tensor:
-    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is None:
-        raise ValueError(f"{type(network).__name__} has no 2-D convolution")
-    return first.weight.new_zeros(1, first.in_channels, 64, 64)
 
 
 def deformable_resnet(

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from torchive.methods.blocks.octconv.convolution import OctaveConv
 from torchive.methods.blocks.octconv.pair import Octave, join_all
+from torchive.nn.passes import as_inputs, eval_mode
 from torchive.nn.rewriting import Rewriting
 
 Downsampling = Literal["pool", "strided"]
@@ -49,9 +50,9 @@ def octavize(
     """
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must be in [0, 1), got {alpha}")
-    inputs = (_image(network),) if example is None else example if isinstance(example, tuple) else (example,)
+    inputs = as_inputs(network, example, dims=(2, 3))
     plan = _Plan(network, alpha, matches or (lambda _: True), {"downsampling": downsampling, "exchange": exchange})
-    with torch.no_grad(), _evaluating(network):
+    with torch.no_grad(), eval_mode(network):
         plan.look(inputs)
         while not plan.grow(inputs):
             pass
@@ -228,25 +229,6 @@ def _hooked(hooks: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _image(network: nn.Module) -> Tensor:
-    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
-    if first is None:
-        raise ValueError(f"{type(network).__name__} has no convolution")
-    sides = (64, 64) if isinstance(first, nn.Conv2d) else (8, 64, 64)
-    return torch.zeros(1, first.in_channels, *sides, device=first.weight.device, dtype=first.weight.dtype)
 
 
 def oct_resnet(

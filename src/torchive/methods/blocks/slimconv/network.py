@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from torchive.methods.blocks.slimconv.convolution import SlimConv
+from torchive.nn.passes import as_inputs, eval_mode
 from torchive.nn.rewriting import Rewriting
 
 
@@ -42,10 +43,9 @@ def slim(
     Returns:
         What was changed, with ``undo()``.
     """
-    inputs = (_image(network),) if example is None else example if isinstance(example, tuple) else (example,)
     flow = _Flow(network)
-    with torch.no_grad(), _evaluating(network), flow.watched():
-        network(*inputs)
+    with torch.no_grad(), eval_mode(network), flow.watched():
+        network(*as_inputs(network, example))
     result, taken = Rewriting(network), set()
     for name, old in list(network.named_modules()):
         if not isinstance(old, nn.Conv2d) or old.kernel_size != (3, 3) or name in taken:
@@ -197,24 +197,6 @@ def _reads(step: _Step, tensor: Tensor) -> bool:
 
 def _drop(stack: list[Any]) -> None:
     stack.pop()
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _image(network: nn.Module) -> Tensor:
-    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is None:
-        raise ValueError(f"{type(network).__name__} has no 2-D convolution")
-    return torch.zeros(1, first.in_channels, 64, 64, device=first.weight.device, dtype=first.weight.dtype)
 
 
 def slim_resnet(

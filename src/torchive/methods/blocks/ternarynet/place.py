@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from torchive.methods.blocks.ternarynet.activation import TernaryTanh, Variant
 from torchive.methods.blocks.ternarynet.convolution import Precision, TernaryConv2d, TernaryConv3d
+from torchive.nn.passes import as_inputs, eval_mode
 from torchive.nn.rewriting import Rewriting
 
 _ACTS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU)
@@ -45,7 +46,7 @@ def ternarize(
     Raises:
         ValueError: an unknown ``precision`` or ``variant``.
     """
-    inputs = example if isinstance(example, tuple) else (_image(network) if example is None else example,)
+    inputs = as_inputs(network, example, dims=(2, 3))
     wanted = matches or (lambda _: True)
     turns, single, last, readers = _look(network, inputs)
     result = Rewriting(network)
@@ -102,22 +103,11 @@ def _look(
     hooks = [
         m.register_forward_hook(note(name)) for name, m in network.named_modules() if name and isinstance(m, kinds)
     ]
-    training = network.training
     try:
-        with torch.no_grad():
-            result = network.eval()(*inputs)
+        with torch.no_grad(), eval_mode(network):
+            result = network(*inputs)
     finally:
-        network.train(training)
         for hook in hooks:
             hook.remove()
     leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     return turns, single, {outputs[id(leaf)][1] for leaf in leaves if id(leaf) in outputs}, readers
-
-
-def _image(network: nn.Module) -> Tensor:
-    first = next((m for m in network.modules() if isinstance(m, _CONVS)), None)
-    if first is None:
-        raise ValueError(f"{type(network).__name__} has no convolution")
-    like = next(network.parameters())
-    size = (64, 64) if isinstance(first, nn.Conv2d) else (16, 64, 64)
-    return torch.zeros(2, first.in_channels, *size, device=like.device, dtype=like.dtype)

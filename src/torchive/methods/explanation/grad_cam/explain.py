@@ -17,12 +17,12 @@ from torchive.methods.explanation.grad_cam.tracing import (
     Layer,
     Pass,
     Target,
-    evaluation,
     find_layers,
     last_spatial_layer,
     run_with_layers,
     scores_of,
 )
+from torchive.nn.passes import eval_mode
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class GradCAM:
             inputs = _usable(inputs)
             named = last_spatial_layer(model, inputs) if self.layer is None else self.layer
             layers = find_layers(model, named)
-            stack.enter_context(evaluation(model))
+            stack.enter_context(eval_mode(model))
             run = run_with_layers(model, inputs, layers)
             with torch.enable_grad():
                 scores = scores_of(run.output, target)
@@ -140,7 +140,7 @@ def guided_backpropagation(model: nn.Module, inputs: Inputs, target: Target = No
     Raises:
         ValueError: as ``GradCAM.explain``.
     """
-    with torch.inference_mode(False), torch.enable_grad(), evaluation(model):
+    with torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
         batch = _usable(inputs)
         single = isinstance(batch, Tensor)
         leaves = [

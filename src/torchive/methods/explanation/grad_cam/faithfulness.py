@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchive.methods.explanation.grad_cam.tracing import evaluation
+from torchive.nn.passes import eval_mode
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def faithfulness(
         maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1).view_as(maps)
     )  # 0 is most important
     total = rank[0].numel() if len(rank) else 1
-    with evaluation(model):
+    with eval_mode(model):
         chosen = _classes(model(inputs), target)
         curve = [
             model(torch.where(rank < round(total * step / steps), after, before))
@@ -100,7 +100,7 @@ def randomisation_check(
     Raises:
         ValueError: no part of the model can be drawn anew.
     """
-    with torch.no_grad(), evaluation(model):
+    with torch.no_grad(), eval_mode(model):
         chosen = _classes(model(inputs), target)
     other = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):

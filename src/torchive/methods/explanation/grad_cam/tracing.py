@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from torchive.nn.passes import eval_mode
 
 Inputs = Tensor | Sequence[Tensor]
 Layer = str | nn.Module
@@ -35,18 +37,6 @@ class TokenGrid:
                 f"expected tokens (N, {self.prefix} + h w, C) on a grid of {h} x {w}, got {tuple(tokens.shape)}"
             )
         return tokens[:, self.prefix :].transpose(1, 2).unflatten(2, (h, w))
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; every part's training flag is put back afterwards."""
-    flags = [(part, part.training) for part in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for part, flag in flags:
-            part.training = flag
 
 
 @dataclass
@@ -145,7 +135,7 @@ def last_spatial_layer(model: nn.Module, inputs: Inputs) -> str:
 
     hooks = [part.register_forward_hook(note(name)) for name, part in model.named_modules()]
     try:
-        with evaluation(model), torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             model(inputs[:1])
     finally:
         for hook in hooks:
