@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from torchive.nn.global_pool import flattens
+
 Attention = Literal["linear", "relu", "softmax"]
 ATTENTIONS = ("linear", "relu", "softmax")
 
@@ -102,13 +104,7 @@ class BottomUpPool(nn.Module):
         Raises:
             ValueError: ``old`` does not pool to one position, or has its channels last.
         """
-        size = getattr(old, "output_size", 1)
-        if any(side != 1 for side in (size if isinstance(size, tuple | list) else (size,))):
-            raise ValueError(f"it pools to one position, got an output size of {size}")
-        axes: Any = getattr(old, "dim", ())
-        if 1 in axes:
-            raise ValueError(f"channels are expected on axis 1, got a mean over axes {tuple(axes)}")
-        return cls(channels, **{"flatten": bool(getattr(old, "flatten", False)), **options})
+        return cls(channels, **{"flatten": flattens(old), **options})
 
     def maps(self, x: Tensor) -> Tensor:
         """The weights of the positions: (N, C, *S) to (N, 1, *S)."""

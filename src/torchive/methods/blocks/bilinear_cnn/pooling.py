@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchive.nn.global_pool import flattens
+
 
 def outer_mean(x: Tensor, y: Tensor) -> Tensor:
     """Phi: (N, C, L) and (N, D, L) to (N, C, D); any strides, nothing is copied."""
@@ -190,13 +192,7 @@ class CompactBilinearPool(nn.Module):
         Raises:
             ValueError: ``old`` does not pool to one position, or has its channels last.
         """
-        size = getattr(old, "output_size", 1)
-        if any(side != 1 for side in (size if isinstance(size, tuple | list) else (size,))):
-            raise ValueError(f"it pools to one position, got an output size of {size}")
-        axes: Any = getattr(old, "dim", ())
-        if 1 in axes:
-            raise ValueError(f"channels are expected on axis 1, got a mean over axes {tuple(axes)}")
-        return cls(channels, **{"flatten": bool(getattr(old, "flatten", False)), **options})
+        return cls(channels, **{"flatten": flattens(old), **options})
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.pooling(x) * self.channels**0.5  # (N, C)
