@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +13,22 @@ ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 
 
 class _Layer(nn.Module):
-    """Attention and feed-forward parts and one alpha, or one for each of them."""
+    """Attention and feed-forward parts and one alpha, or one for each branch."""
+
+    replaces: type[nn.Module]  # PyTorch's layer
+    branches: int
 
     def __init__(
         self,
         channels: int,
-        num_heads: int,
-        hidden: int,
-        drop: float,
-        act: str,
-        batch_first: bool,
-        share: bool,
-        start: float,
-        parts: int,
+        *,
+        num_heads: int = 8,
+        hidden: int = 2048,
+        drop: float = 0.1,
+        act: Literal["relu", "gelu"] = "relu",
+        batch_first: bool = False,
+        share: bool = True,
+        start: float = 0.0,
     ) -> None:
         super().__init__()
         if min(channels, num_heads, hidden) < 1 or channels % num_heads:
@@ -36,7 +39,24 @@ class _Layer(nn.Module):
         self.self_attn = nn.MultiheadAttention(channels, num_heads, dropout=drop, batch_first=batch_first)
         self.linear1, self.linear2 = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
         self.channels, self.drop, self.act = channels, nn.Dropout(drop), act
-        self.alpha = nn.Parameter(torch.full((1 if share else parts,), float(start)))
+        self.alpha = nn.Parameter(torch.full((1 if share else self.branches,), float(start)))
+        if self.branches == 3:
+            self.multihead_attn = nn.MultiheadAttention(channels, num_heads, dropout=drop, batch_first=batch_first)
+
+    @classmethod
+    def from_module(cls, old: nn.Module, *, channels: int | None = None, **options: Any) -> Self:
+        """Take over the shape and weights of PyTorch's layer; its norms are left out.
+
+        Raises:
+            TypeError: ``old`` is not PyTorch's layer of this kind.
+            ValueError: its activation is neither ReLU nor GELU.
+        """
+        if not isinstance(old, cls.replaces):
+            raise TypeError(f"expected a torch.nn.{cls.replaces.__name__}, got {type(old).__name__}")
+        new = cls(**_shape_of(old), **options)
+        state = {k: v for k, v in old.state_dict().items() if not k.startswith("norm")}
+        new.load_state_dict(state | {"alpha": new.alpha.detach()})
+        return new.train(old.training)
 
     def parameter_rules(self) -> dict[str, dict[str, float]]:
         """alpha has no weight decay."""
@@ -52,12 +72,6 @@ class _Layer(nn.Module):
     def _check(self, x: Tensor) -> None:
         if x.ndim not in (2, 3) or x.shape[-1] != self.channels:
             raise ValueError(f"expected (N, L, {self.channels}), (L, N, ..) or (L, ..), got shape {tuple(x.shape)}")
-
-    def _take(self, old: nn.Module) -> None:
-        """The weights of PyTorch's layer, without its norms."""
-        state = {k: v for k, v in old.state_dict().items() if not k.startswith("norm")}
-        self.load_state_dict(state | {"alpha": self.alpha.detach()})
-        self.train(old.training)
 
 
 class _NoFusedForm:
@@ -90,35 +104,8 @@ class ReZeroEncoderLayer(_Layer):
         ValueError: heads that do not divide C, or an unknown ``act``; in ``forward``, another shape.
     """
 
+    replaces, branches = nn.TransformerEncoderLayer, 2
     norm1 = norm2 = _NoFusedForm()
-
-    def __init__(
-        self,
-        channels: int,
-        *,
-        num_heads: int = 8,
-        hidden: int = 2048,
-        drop: float = 0.1,
-        act: Literal["relu", "gelu"] = "relu",
-        batch_first: bool = False,
-        share: bool = True,
-        start: float = 0.0,
-    ) -> None:
-        super().__init__(channels, num_heads, hidden, drop, act, batch_first, share, start, 2)
-
-    @classmethod
-    def from_module(cls, old: nn.Module, *, channels: int | None = None, **options: Any) -> ReZeroEncoderLayer:
-        """Take over a ``TransformerEncoderLayer``'s shape and weights; its norms are left out.
-
-        Raises:
-            TypeError: ``old`` is no ``TransformerEncoderLayer``.
-            ValueError: its activation is neither ReLU nor GELU.
-        """
-        if not isinstance(old, nn.TransformerEncoderLayer):
-            raise TypeError(f"expected a torch.nn.TransformerEncoderLayer, got {type(old).__name__}")
-        new = cls(**_shape_of(old), **options)
-        new._take(old)
-        return new
 
     @staticmethod
     def accepts(old: nn.Module) -> bool:
@@ -157,34 +144,7 @@ class ReZeroDecoderLayer(_Layer):
         ValueError: as the encoder's layer.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        num_heads: int = 8,
-        hidden: int = 2048,
-        drop: float = 0.1,
-        act: Literal["relu", "gelu"] = "relu",
-        batch_first: bool = False,
-        share: bool = True,
-        start: float = 0.0,
-    ) -> None:
-        super().__init__(channels, num_heads, hidden, drop, act, batch_first, share, start, 3)
-        self.multihead_attn = nn.MultiheadAttention(channels, num_heads, dropout=drop, batch_first=batch_first)
-
-    @classmethod
-    def from_module(cls, old: nn.Module, *, channels: int | None = None, **options: Any) -> ReZeroDecoderLayer:
-        """Take over a ``TransformerDecoderLayer``'s shape and weights; its norms are left out.
-
-        Raises:
-            TypeError: ``old`` is no ``TransformerDecoderLayer``.
-            ValueError: its activation is neither ReLU nor GELU.
-        """
-        if not isinstance(old, nn.TransformerDecoderLayer):
-            raise TypeError(f"expected a torch.nn.TransformerDecoderLayer, got {type(old).__name__}")
-        new = cls(**_shape_of(old), **options)
-        new._take(old)
-        return new
+    replaces, branches = nn.TransformerDecoderLayer, 3
 
     def forward(
         self,
