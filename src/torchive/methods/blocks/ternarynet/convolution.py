@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,66 @@ def binary_weights(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(weight < 0, -1.0, 1.0).to(weight.dtype), weight.flatten(1).abs().mean(1)
 
 
-class TernaryConv2d(nn.Conv2d):
+class _TernaryConv(nn.modules.conv._ConvNd):
+    """What both ranks share; ``plain`` is PyTorch's convolution of the rank, which stands behind it in the bases."""
+
+    plain: type[nn.Module]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        *,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = False,
+        precision: Precision = "ternary",
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)  # type: ignore[call-arg,arg-type]
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+        self.precision = precision
+
+    @classmethod
+    def from_module(cls, old: nn.Module, *, channels: int = 0, precision: Precision = "ternary") -> Self:
+        """The ternary form of a plain convolution, with its very weights: they are what training goes on changing.
+
+        Raises:
+            ValueError: another layer than PyTorch's convolution of this rank, or an unknown ``precision``.
+        """
+        if type(old) is not cls.plain:
+            raise ValueError(f"expected a {cls.plain.__name__}, got {type(old).__name__}")
+        given: Any = old
+        shape = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation", "groups")}
+        new = cls(given.in_channels, given.out_channels, **shape, bias=given.bias is not None, precision=precision)
+        new.padding_mode = given.padding_mode
+        new._reversed_padding_repeated_twice = given._reversed_padding_repeated_twice
+        new.weight, new.bias = given.weight, given.bias
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        rank = len(self.kernel_size)
+        if x.ndim != rank + 2 or x.shape[1] != self.in_channels:
+            axes = "H, W" if rank == 2 else "T, H, W"
+            raise ValueError(f"expected (N, {self.in_channels}, {axes}), got shape {tuple(x.shape)}")
+        convolve: Callable[..., Tensor] = self._conv_forward
+        if self.precision == "full":
+            return convolve(x, self.weight, self.bias)
+        signs, scale = quantised(self)
+        if self.training:
+            value = signs * scale.view(-1, *[1] * (rank + 1))
+            return convolve(x, StraightThrough.apply(self.weight, value, None), self.bias)
+        y = convolve(x, signs.detach(), None) * scale.view(-1, *[1] * rank)
+        return y if self.bias is None else y + self.bias.view(-1, *[1] * rank)  # (N, O, *S)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, precision={self.precision}"
+
+
+class TernaryConv2d(_TernaryConv, nn.Conv2d):
     """Convolution (N, I, H, W) to (N, O, H', W') whose weights are -1, 0 or 1 times one scale for each filter.
 
     The stored weights are real numbers; each pass makes the ternary ones anew, and their gradient is the stored ones'.
@@ -46,39 +105,10 @@ class TernaryConv2d(nn.Conv2d):
         ValueError: an unknown ``precision``; in ``forward``, an input of another rank or with other channels.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any,
-        *,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-        bias: bool = False,
-        precision: Precision = "ternary",
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        self.precision = _checked(precision)
-
-    @classmethod
-    def from_module(cls, old: nn.Module, *, channels: int = 0, precision: Precision = "ternary") -> TernaryConv2d:
-        """The ternary form of a plain convolution, with its very weights: they are what training goes on changing.
-
-        Raises:
-            ValueError: another layer than ``torch.nn.Conv2d``, or an unknown ``precision``.
-        """
-        return _taken_over(cls, nn.Conv2d, old, precision)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _convolve(self, x)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, precision={self.precision}"
+    plain = nn.Conv2d
 
 
-class TernaryConv3d(nn.Conv3d):
+class TernaryConv3d(_TernaryConv, nn.Conv3d):
     """Convolution (N, I, T, H, W) to (N, O, T', H', W') with ternary weights: ``TernaryConv2d`` for volumes.
 
     Args:
@@ -89,32 +119,7 @@ class TernaryConv3d(nn.Conv3d):
         ValueError: an unknown ``precision``; in ``forward``, an input of another rank or with other channels.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any,
-        *,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-        bias: bool = False,
-        precision: Precision = "ternary",
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
-        self.precision = _checked(precision)
-
-    @classmethod
-    def from_module(cls, old: nn.Module, *, channels: int = 0, precision: Precision = "ternary") -> TernaryConv3d:
-        """As of ``TernaryConv2d``, of a ``torch.nn.Conv3d``."""
-        return _taken_over(cls, nn.Conv3d, old, precision)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _convolve(self, x)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, precision={self.precision}"
+    plain = nn.Conv3d
 
 
 class TernaryUnit(nn.Sequential):
@@ -128,39 +133,6 @@ class TernaryUnit(nn.Sequential):
         super().__init__(OrderedDict(conv=conv, norm=norm(conv.out_channels), act=act))
 
 
-def quantised(conv: TernaryConv2d | TernaryConv3d) -> tuple[Tensor, Tensor]:
+def quantised(conv: _TernaryConv) -> tuple[Tensor, Tensor]:
     """The signs (O, I / groups, *k) and the scale (O,) of a convolution's filters."""
     return binary_weights(conv.weight) if conv.precision == "binary" else ternary_weights(conv.weight)
-
-
-def _checked(precision: Precision) -> Precision:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    return precision
-
-
-def _convolve(conv: Any, x: Tensor) -> Tensor:
-    rank = len(conv.kernel_size)
-    if x.ndim != rank + 2 or x.shape[1] != conv.in_channels:
-        axes = "H, W" if rank == 2 else "T, H, W"
-        raise ValueError(f"expected (N, {conv.in_channels}, {axes}), got shape {tuple(x.shape)}")
-    convolve: Callable[..., Tensor] = conv._conv_forward
-    if conv.precision == "full":
-        return convolve(x, conv.weight, conv.bias)
-    signs, scale = quantised(conv)
-    if conv.training:
-        value = signs * scale.view(-1, *[1] * (rank + 1))
-        weight = StraightThrough.apply(conv.weight, value, None)
-        return convolve(x, weight, conv.bias)
-    y = convolve(x, signs.detach(), None) * scale.view(-1, *[1] * rank)
-    return y if conv.bias is None else y + conv.bias.view(-1, *[1] * rank)  # (N, O, *S)
-
-
-def _taken_over(cls: Any, plain: type[nn.Module], old: Any, precision: Precision) -> Any:
-    if type(old) is not plain:
-        raise ValueError(f"expected a {plain.__name__}, got {type(old).__name__}")
-    shape = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation", "groups")}
-    new = cls(old.in_channels, old.out_channels, **shape, bias=old.bias is not None, precision=precision)
-    new.padding_mode, new._reversed_padding_repeated_twice = old.padding_mode, old._reversed_padding_repeated_twice
-    new.weight, new.bias = old.weight, old.bias
-    return new
