@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from torchive.catalogue.matrix import recorded_matrix
-from torchive.engine.matrix import NETWORKS, Cell, blocks, measure_cell, record_matrix
+from torchive.engine.matrix import GAP, NETWORKS, Cell, blocks, measure_cell, record_matrix
 
 #: One network for each block, another for the next one.
 SAMPLE = [(method, list(NETWORKS)[place % len(NETWORKS)]) for place, method in enumerate(blocks())]
@@ -23,7 +23,7 @@ def test_every_block_stands_in_it_with_every_network_and_none_fails() -> None:
             assert cell["state"] in ("works", "unsteady", "no sense"), (method, network, cell)
             if cell["state"] != "no sense":
                 assert (cell["loss"][1] < cell["loss"][0]) == (cell["state"] == "works")
-                assert cell.get("gap", 0.0) < 1e-3 or cell["gap"] < 2 * cell.get("rounding", 0.0)
+                assert cell.get("gap", 0.0) < GAP or cell["gap"] < 2 * cell.get("rounding", 0.0)
             assert cell["state"] == "works" or cell["why"]
     assert sum(cell["state"] == "unsteady" for row in recorded.values() for cell in row.values()) <= len(recorded) // 10
 
@@ -39,7 +39,7 @@ def test_a_sample_is_measured_again(method: str, network: str) -> None:
         assert found.places == known["places"]
         assert list(found.parameters) == known["parameters"]
         assert found.loss[0] == pytest.approx(known["loss"][0], rel=0.02)  # the same start, on any processor
-        assert found.gap < 1e-3 or found.gap < 2 * found.rounding
+        assert found.gap < GAP or found.gap < 2 * found.rounding
         assert found.keeps == known.get("keeps", False)
 
 

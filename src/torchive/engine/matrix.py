@@ -29,6 +29,9 @@ from torchive.engine.export import ExportError, OnnxModel, gap_to_torch, write_o
 from torchive.engine.recipe import ClassSpec, DataSpec, Recipe
 
 STEPS, BATCH, SIZE = 20, 4, 64
+GAP = 1e-3  # of the outputs of an ONNX file; above it the network's own rounding is told
+#: For its optimiser, the default of every recipe.
+_RECIPE = Recipe("classification", ClassSpec("torch.nn.Identity"), DataSpec("none"))
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class Cell:
         why: of the latter three.
         places: changed modules. parameters: before and after. loss: of the first and the last step.
         gap: the largest absolute difference of the ONNX file's outputs at another batch size than it was written with.
-        rounding: how far the network itself is from its float64 form on the same images, where the gap is above 1e-3: a
-            part that jumps at a threshold carries rounding on as whole steps, in the file as in PyTorch.
+        rounding: how far the network itself is from its float64 form on the same images, told above ``GAP``;
+            a part that jumps at a threshold carries rounding on as whole steps, in the file as in PyTorch.
         keeps: whether the network computes the same after the conversion, to 1e-5 of its largest output, so that
             trained weights survive it; tried with factors and biases as training leaves them, none of them at zero.
     """
@@ -156,7 +159,7 @@ def _keeps(model: nn.Module, method: str, images: Tensor) -> bool:
         convert(model, method)
         after = _evaluated(model, images)
     return all(
-        a.shape == b.shape and float((a - b).abs().max()) <= 1e-5 * max(1.0, float(a.abs().max()))
+        a.shape == b.shape and float((a - b).abs().max()) <= 1e-5 * float(a.abs().max())
         for a, b in zip(before, after, strict=True)
     )
 
@@ -168,10 +171,7 @@ def _train(model: nn.Module) -> tuple[float, float]:
     model.to(memory_format=torch.channels_last)
     with torch.no_grad():
         targets = [torch.randn_like(output) for output in _tensors(model(images))]
-    recipe = Recipe(
-        "classification", ClassSpec("torch.nn.Identity"), DataSpec("none")
-    )  # for its optimiser: AdamW, 1e-3
-    optimizer = build_optimizer(recipe, model.parameters(), model)
+    optimizer = build_optimizer(_RECIPE, model.parameters(), model)
     first = loss = torch.tensor(float("nan"))
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -193,14 +193,14 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 def _export(model: nn.Module) -> tuple[float, float]:
-    """The file's largest gap and, where that is above 1e-3, the network's own distance from its float64 form."""
+    """The file's largest gap and, where that is above ``GAP``, the network's own distance from its float64 form."""
     model.eval()
     images = torch.rand(3, 3, SIZE, SIZE)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         structure = write_onnx(model, images[:2], path, dynamic=(0,))
         gap = gap_to_torch(model, OnnxModel(path, structure), images)
-    if gap <= 1e-3:
+    if gap <= GAP:
         return gap, 0.0
     exact = _evaluated(copy.deepcopy(model).double(), images.double())
     pairs = zip(_evaluated(model, images), exact, strict=True)
