@@ -4,13 +4,16 @@
 
 An expression is Python over the names of its module, for example
 ``--ours "torchive.methods.blocks.gcnet:GlobalContext(64)" --theirs "timm.layers:GlobalContext(64, fuse_add=True)"``.
-``--path`` adds a folder to import from, ``--input`` may be given several times for several arguments. Printed: the
-ratio of the medians (below 1: ours is faster) with the smallest and largest ratio of two neighbouring rounds.
+``--path`` adds a folder to import from, ``--input`` may be given several times for several arguments; ``64:1000`` means
+64 classes from 0 to 999. Printed: the ratio of the medians (below 1: ours is faster) with the smallest and largest
+ratio of two neighbouring rounds. With one thread the processor's time counts, which other programs disturb less. Freed
+memory is kept, so that new pages, which cost more than most parts do, do not hide the difference.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import sys
 import time
 from collections.abc import Callable
@@ -31,9 +34,20 @@ def build(text: str) -> Any:
     return eval(expression, dict(vars(import_module(module))))
 
 
+def argument(text: str, layout: torch.memory_format) -> Tensor:
+    """Normal numbers of a shape in a layout, with a gradient; of ``SHAPE:CLASSES`` whole numbers."""
+    shape, _, classes = text.partition(":")
+    sides = [int(side) for side in shape.split(",")]
+    if classes:
+        return torch.randint(int(classes), sides)
+    x = torch.randn(sides)
+    return (x.contiguous(memory_format=layout) if x.ndim == 4 else x).requires_grad_()
+
+
 def runner(module: Any, inputs: list[Tensor], backward: bool) -> Callable[[], None]:
-    """A call of the module, with or without the gradients of input and parameters."""
+    """A call of the module, with or without the gradients of input and parameters; results' lie as the results do."""
     parameters = list(module.parameters()) if isinstance(module, nn.Module) else []
+    given: list[Tensor] = []
 
     def run() -> None:
         with torch.set_grad_enabled(backward):
@@ -44,16 +58,27 @@ def runner(module: Any, inputs: list[Tensor], backward: bool) -> Callable[[], No
                 leaves = [
                     leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad
                 ]
-                sum(leaf.float().square().mean() for leaf in leaves).backward()  # type: ignore[union-attr]
+                given.extend(torch.randn_like(leaf) for leaf in leaves[len(given) :])
+                torch.autograd.backward(leaves, given)
 
     return run
 
 
-def timed(run: Callable[[], None]) -> float:
+def timed(run: Callable[[], None], clock: Callable[[], float]) -> float:
     """Seconds of one call."""
-    start = time.perf_counter()
+    start = clock()
     run()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def keep_memory() -> None:
+    """Have glibc keep what is freed; nothing with another allocator."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own for large tensors
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def main() -> None:
@@ -61,21 +86,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ours", required=True)
     parser.add_argument("--theirs", required=True)
-    parser.add_argument("--input", action="append", required=True, help="shape, such as 8,64,24,24")
+    parser.add_argument("--input", action="append", required=True, help="shape, such as 8,64,24,24, or SHAPE:CLASSES")
     parser.add_argument("--path", action="append", default=[])
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--eval", action="store_true", help="modules in evaluation mode")
     a = parser.parse_args()
     sys.path[:0] = a.path
+    keep_memory()
     torch.set_num_threads(a.threads)
+    clock = time.process_time if a.threads == 1 else time.perf_counter
     torch.manual_seed(0)
     modules = [build(text) for text in (a.ours, a.theirs)]
     for layout in (torch.contiguous_format, torch.channels_last):
-        inputs = []
-        for text in a.input:
-            x = torch.randn(*map(int, text.split(",")))
-            inputs.append((x.contiguous(memory_format=layout) if x.ndim == 4 else x).requires_grad_())
+        inputs = [argument(text, layout) for text in a.input]
         for module in modules:
             if isinstance(module, nn.Module):
                 module.train(not a.eval)
@@ -86,7 +110,7 @@ def main() -> None:
             runs = [runner(module, inputs, backward) for module in modules]
             times = []
             for turn in range(a.rounds + 3):
-                first, second = (timed(run) for run in (runs if turn % 2 else reversed(runs)))
+                first, second = (timed(run, clock) for run in (runs if turn % 2 else reversed(runs)))
                 times.append((first, second) if turn % 2 else (second, first))
             times = times[3:]  # the first rounds fill caches
             mid = [median(column) for column in zip(*times, strict=True)]

@@ -26,7 +26,7 @@ class EMAttentionUnit(nn.Module):
         temperature: tau, what scores are divided by.
         differentiable: whether gradients pass through the iterations. The release's form is False: then the first
             convolution is frozen at its start, and the input's gradient comes through the identity alone.
-        norm: the normalisation after the last convolution, of (N, C, L, 1).
+        norm: the normalisation after the last convolution, of (N, C, 1, L).
         act: the activation of the sum.
         start: "random" as in the release, or "identity": the norm's weight begins at zero.
         channel_dim: 1, or -1 for tokens (N, L, C).
@@ -88,7 +88,7 @@ class EMAttentionUnit(nn.Module):
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             z, mu = self._fit(flat)  # (N, L, K), (N, C, K)
             rebuilt = (z @ mu.mT).mT if flat.stride(1) == 1 else mu @ z.mT  # (N, C, L), in the input's layout
-            rebuilt = rebuilt.relu().unsqueeze(-1)
+            rebuilt = rebuilt.relu_().unsqueeze(2)  # a row of positions: a map in either layout
         y = self.act(y + self.norm(self.restore(rebuilt)).view(y.shape))
         if self.training and x.shape[0]:
             self._follow(mu)
@@ -112,7 +112,7 @@ class EMAttentionUnit(nn.Module):
 
     def _fit(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """T iterations on (N, C, L): the last responsibilities (N, L, K) and bases (N, C, K)."""
-        flat = self.reduce(flat.unsqueeze(-1)).squeeze(-1)
+        flat = self.reduce(flat.unsqueeze(2)).squeeze(2)
         mu = self.mu.to(flat.dtype).repeat(flat.shape[0], 1, 1)  # a copy: the buffer changes before the backward pass
         for _ in range(self.iterations):
             z = expectation(flat, mu, self.temperature)
