@@ -147,14 +147,20 @@ class EqualizationLoss(nn.Module):
         return each.sum() if self.reduction == "sum" else each.sum() / max(len(each), 1)
 
     def _sigmoid(self, logits: Tensor, target: Tensor) -> Tensor:
-        if target.ndim == 1 and not target.is_floating_point():
-            target = F.one_hot(target, logits.shape[1] + 1)[:, :-1]
-        if target.shape != logits.shape:
+        classes, size = target.ndim == 1 and not target.is_floating_point(), logits.shape[1]
+        if classes:
+            truth = logits.new_zeros(len(target), size + 1).scatter_(1, target[:, None], 1)[:, :-1]
+        else:
+            truth = target.to(logits.dtype)
+        if truth.shape != logits.shape:
             raise ValueError(f"expected classes (N,) or truths {tuple(logits.shape)}, got {tuple(target.shape)}")
-        truth = target.to(logits.dtype)
-        ignored = truth.any(1, keepdim=True) & self.rare & (truth == 0)  # E(r) T(f_j) (1 - y)
-        each = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-        return (each * ~ignored).sum(1)  # (N,)
+        there = target < size if classes else truth.any(1)  # E(r)
+        weight = torch.outer(there.to(logits.dtype), -self.rare.to(logits.dtype)).add_(1)  # 1 - E(r) T(f_j)
+        if classes:
+            weight.scatter_(1, target.clamp(max=size - 1)[:, None], 1)  # of background no weight is below one
+        else:
+            weight.masked_fill_(truth != 0, 1)
+        return F.binary_cross_entropy_with_logits(logits, truth, weight, reduction="none").sum(1)  # (N,)
 
     def _softmax(self, logits: Tensor, target: Tensor) -> Tensor:
         if target.is_floating_point() or target.ndim != 1:

@@ -75,8 +75,11 @@ class FeaturePyramidAttention(nn.Module):
         return cls(channels, channels, **options)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.master(self._checked(x)) * self._pyramid(x)  # (N, out, H, W)
-        return y if self.context is None else y + self.context(x.mean((2, 3), keepdim=True))
+        self._checked(x)
+        # first, so that its gradient, which is not channels-last, is added last
+        context = None if self.context is None else self.context(x.mean((2, 3), keepdim=True))
+        y = self.master(x) * self._pyramid(x)  # (N, out, H, W)
+        return y if context is None else y + context
 
     def attention(self, x: Tensor) -> Tensor:
         """a: (N, C, H, W) to (N, pyramid_channels, H, W), zero or more."""
