@@ -285,7 +285,8 @@ def _insert(
         if len(call.shape) != 4 and _takes(part, "ndim"):
             extra.setdefault("ndim", len(call.shape) - 2)
         new_start = hasattr(part, "from_host")  # which may change the host's weights
-        kept = {k: v.detach().clone() for k, v in module.named_parameters()} if new_start else {}
+        own = module.named_parameters() if new_start else ()
+        kept = {k: v.detach().clone() for k, v in own if not v.is_meta}  # those hold no values
         report._undo.append(lambda m=module, k=kept: _restore(m, k))  # type: ignore[misc]
         try:
             if new_start:

@@ -258,6 +258,14 @@ def test_a_dead_start_is_woken_and_a_live_one_kept():
     assert convert(vector, "rezero", "layer1", per_channel=True).parameters[1] > report.parameters[1]
 
 
+def test_networks_without_values_take_gates():
+    with torch.device("meta"):
+        model = timm.create_model("resnet18", num_classes=4)
+    assert len(convert(model, "rezero").changes) == 8
+    assert all(p.is_meta for p in model.parameters())
+    assert model(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 4)
+
+
 def test_alpha_has_no_weight_decay_and_its_own_rate():
     recipe = load_recipe("deep_residual")
     model = ResidualNetwork(8, in_channels=1)
@@ -362,6 +370,14 @@ def test_bad_arguments_are_named():
         ReZero(nn.Identity(), channels=0)
     with pytest.raises(ValueError, match="2"):
         ReZero(nn.Identity(), channel_dim=2)
+    with pytest.raises(ValueError, match=r"-0\.5"):
+        ReZero(rate=-0.5)
+    with pytest.raises(ValueError, match=r"4 channels.*\(2, 5, 3\)"):
+        ReZero(channels=4)(torch.zeros(2, 5, 3))
+    with pytest.raises(TypeError, match="int64"):
+        ReZero()(torch.ones(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="0"):
+        mean_squared_singular_value(nn.Identity(), torch.zeros(1, 3), probes=0)
     with pytest.raises(ValueError, match="branch"):
         ReZero(act=nn.ReLU())
     with pytest.raises(ValueError, match=r"\(1, 4, 3, 3\).*\(1, 2, 3, 3\)"):

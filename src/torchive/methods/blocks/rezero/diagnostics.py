@@ -42,7 +42,12 @@ def mean_squared_singular_value(
         probes: random directions with entries of -1 and 1 that estimate it without bias, for what is too large to write
             down; None computes it exactly.
         generator: of the probes.
+
+    Raises:
+        ValueError: ``probes`` below one.
     """
+    if probes is not None and probes < 1:
+        raise ValueError(f"probes must be None or >= 1, got {probes}")
     if probes is None:
         return float(jacobian_singular_values(function, x).detach().square().sum() / x.numel())
     total = 0.0

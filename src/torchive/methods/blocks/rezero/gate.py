@@ -23,8 +23,9 @@ class ReZero(nn.Module):
         rate: learning rate of alpha as a multiple of the others'; it never has weight decay.
 
     Raises:
-        ValueError: ``channels`` below one, or an unknown ``channel_dim``; in ``forward``, branch and shortcut of
-            different shapes.
+        ValueError: ``channels`` below one, ``rate`` below zero, or an unknown ``channel_dim``; in ``forward``, branch
+            and shortcut of different shapes, or another number of channels.
+        TypeError: in ``forward``, whole numbers behind the branch.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class ReZero(nn.Module):
             raise ValueError(f"channels must be >= 1, got {channels}")
         if channel_dim not in (1, -1):
             raise ValueError(f"channel_dim must be 1 or -1, got {channel_dim}")
+        if not rate >= 0:
+            raise ValueError(f"rate must be >= 0, got {rate}")
         if branch is None and (shortcut is not None or act is not None):
             raise ValueError("shortcut and act need a branch, got None")
         self.branch, self.shortcut, self.act = branch, shortcut, act
@@ -69,10 +72,15 @@ class ReZero(nn.Module):
         A gate that does not start at zero leaves the host alone.
         """
         gate = cls.from_channels(channels, **options)
-        if not gate.alpha.any():
+        if options.get("start", 0.0) == 0:
             for module in host.modules():
                 weight = getattr(module, "weight", None)
-                if isinstance(module, _NORMS) and isinstance(weight, Tensor) and not weight.any():
+                if (
+                    isinstance(module, _NORMS)
+                    and isinstance(weight, Tensor)
+                    and not weight.is_meta
+                    and not weight.any()
+                ):
                     nn.init.ones_(weight)
         return gate
 
@@ -94,6 +102,10 @@ class ReZero(nn.Module):
         """(1,) or (C,) values in a shape that multiplies x."""
         if x.ndim < 2:
             raise ValueError(f"expected at least 2 axes, got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"expected floating-point numbers, got {x.dtype}")
+        if self.channels is not None and x.shape[self.channel_dim] != self.channels:
+            raise ValueError(f"expected {self.channels} channels on axis {self.channel_dim}, got {tuple(x.shape)}")
         alpha = alpha.to(x.dtype)
         if self.channels is None or self.channel_dim == -1:
             return alpha
