@@ -304,6 +304,21 @@ def test_known_translations_are_learnt():
     assert torch.equal(layer.offsets(), true)
 
 
+@pytest.mark.parametrize("variant", ["sparse", "active"])
+@pytest.mark.parametrize("needed", [False, True])
+def test_compiles_whole(variant, needed):
+    """Without a break in the graph, also as a first layer, whose input has no gradient."""
+    torch.compiler.reset()
+    layer = SparseShift(9, variant=variant, start="uniform", stride=2)
+    x = torch.randn(2, 9, 7, 6, requires_grad=needed)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found = []
+    for run in (layer, compiled):
+        y = run(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), [layer.shift, x][: 1 + needed])))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True))
+
+
 def test_bad_arguments_are_named():
     for options, said in (
         ({"channels": 0}, "0"),
@@ -455,6 +470,11 @@ def test_depthwise_convolutions_become_shifts():
     assert moved_share(network) > 0.8
     report.undo()
     assert torch.equal(network(x), original(x))
+    report = convert(network, "sparse_shift", "blocks.1.*", variant="active", start="uniform", rate=10.0, decay=4e-5)
+    assert {(m.variant, m.rate, m.decay) for m in shift_layers(network)} == {("active", 10.0, 4e-5)}
+    report.undo()
+    with pytest.raises(ConversionError, match="'still'"):
+        convert(network, "sparse_shift", variant="still")
     grouped = shift_depthwise(network, variant="grouped", matches=lambda name: name.startswith("blocks.1"))
     assert {name[:8] for name, _, _ in grouped.changed} == {"blocks.1"}
     with pytest.raises(ConversionError, match="no depthwise convolution"):

@@ -122,14 +122,13 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-def _corners(x: Tensor, floor: Tensor, size: tuple[int, int], step: int) -> Iterator[Tensor]:
+def _corners(x: Tensor, floor: Tensor, size: tuple[int, int], step: int) -> list[Tensor]:
     """x_00, x_01, x_10 and x_11 of ``size``: one translation, of which each is a part."""
     whole = (step * (size[0] - 1) + 2, step * (size[1] - 1) + 2)
     plain = torch.compiler.is_exporting() or not torch.is_grad_enabled()
     window = translate(x, floor, whole) if plain else _Translated.apply(x, floor, whole, 1)
-    for i in (slice(0, -1, step), slice(1, None, step)):
-        for j in (slice(0, -1, step), slice(1, None, step)):
-            yield window[:, :, i, j]
+    parts = (slice(0, -1, step), slice(1, None, step))
+    return [window[:, :, i, j] for i in parts for j in parts]
 
 
 class _Translated(torch.autograd.Function):
@@ -178,7 +177,7 @@ class _Sparse(torch.autograd.Function):
 def _moved_back(grad: Tensor, offset: Tensor, shape: torch.Size, step: int) -> Tensor:
     size = (shape[2], shape[3])
     if step > 1:  # the positions that were read, with zeros between
-        sides = (step * (side - 1) + 1 for side in grad.shape[2:])
+        sides = [step * (side - 1) + 1 for side in grad.shape[2:]]
         spread = torch.zeros(*grad.shape[:2], *sides, dtype=grad.dtype, device=grad.device)
         spread[:, :, ::step, ::step] = grad
         grad = spread

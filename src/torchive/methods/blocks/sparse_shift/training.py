@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,10 @@ def shift_depthwise(
     *,
     example: Any = None,
     matches: Callable[[str], bool] | None = None,
-    **options: Any,
+    variant: Literal["sparse", "active", "grouped"] = "sparse",
+    start: Literal["grid", "uniform", "zero"] = "grid",
+    rate: float = 1.0,
+    decay: float = 0.0,
 ) -> Rewriting:
     """Put shifts in the place of a network's depthwise convolutions, whose weights and biases go; in place.
 
@@ -49,14 +52,16 @@ def shift_depthwise(
         network: any network; train it, or train it again.
         example: not needed.
         matches: which convolutions, by their dotted name; None is all.
-        options: of ``SparseShift``; the window of its start is the convolution's.
+        variant, start, rate, decay: of ``SparseShift``; the window of its start is the convolution's.
 
     Returns:
         What was changed, with ``undo()``.
 
     Raises:
-        ValueError: no depthwise convolution.
+        ValueError: no depthwise convolution, or an unknown ``variant`` or ``start``.
     """
+    options: dict[str, Any] = {"variant": variant, "start": start, "rate": rate, "decay": decay}
+    SparseShift(1, **options)  # refuses bad options before anything is changed
     result = Rewriting(network)
     for name, old in list(network.named_modules()):
         if not isinstance(old, nn.Conv2d) or not 1 < old.groups == old.in_channels == old.out_channels:
