@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchive.nn.passes import eval_mode
 from torchive.protocols import Backbone, Level
 
 
@@ -104,12 +105,10 @@ def _stride_ends(network: nn.Module) -> list[tuple[str, Level]]:
         return hook
 
     hooks = [child.register_forward_hook(note(name)) for name, child in container.named_children()]
-    training = network.training
     try:
-        with torch.no_grad():
-            network.eval()(torch.zeros(1, channels, size, size))
+        with torch.no_grad(), eval_mode(network):
+            network(torch.zeros(1, channels, size, size))
     finally:
-        network.train(training)
         for hook in hooks:
             hook.remove()
     return [seen[stride] for stride in sorted(seen)]
