@@ -37,6 +37,7 @@ from torchive.methods.backbones.san_self_attention import PairwiseAttention as P
 from torchive.methods.backbones.san_self_attention import PatchwiseAttention as PatchwiseAttention
 from torchive.methods.backbones.san_self_attention import SAN as SAN
 from torchive.methods.backbones.san_self_attention import SANClassifier as SANClassifier
+from torchive.methods.backbones.san_self_attention import attend as attend
 from torchive.methods.backbones.san_self_attention import load_release as load_release
 from torchive.methods.blocks.attentional_pooling import ActionPoseLoss as ActionPoseLoss
 from torchive.methods.blocks.attentional_pooling import AttentionalNetwork as AttentionalNetwork
