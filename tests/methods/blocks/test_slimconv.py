@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.detection import retinanet_resnet50_fpn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from torchive.engine.conversion import ConversionError
@@ -316,6 +317,17 @@ def test_places_without_room_are_left_alone(name, said):
     report = slim(timm.create_model(name, num_classes=3))
     assert not report.changed
     assert said in {reason for _, reason in report.left_alone}
+
+
+def test_a_map_that_the_network_gives_keeps_its_channels():
+    """RetinaNet's P6 is read by P7 alone, but it is a level of the pyramid, too."""
+    network = retinanet_resnet50_fpn(weights=None, weights_backbone=None).backbone.eval()
+    x = torch.randn(1, 3, 64, 64)
+    shapes = [level.shape for level in network(x).values()]
+    report = slim(network)
+    assert [level.shape for level in network(x).values()] == shapes
+    assert ("fpn.extra_blocks.p6", "its map does not go into one other convolution alone") in report.left_alone
+    assert len(report.changed) == 16
 
 
 def test_the_rest_of_the_network_is_kept_and_undo_restores_it():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from torchive.methods.blocks.slimconv.convolution import SlimConv
 from torchive.nn.passes import as_inputs, eval_mode
@@ -45,7 +46,8 @@ def slim(
     """
     flow = _Flow(network)
     with torch.no_grad(), eval_mode(network), flow.watched():
-        network(*as_inputs(network, example))
+        outputs = network(*as_inputs(network, example))
+    flow.results = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
     result, taken = Rewriting(network), set()
     for name, old in list(network.named_modules()):
         if not isinstance(old, nn.Conv2d) or old.kernel_size != (3, 3) or name in taken:
@@ -139,6 +141,7 @@ class _Flow:
 
     network: nn.Module
     steps: list[_Step] = field(default_factory=list)
+    results: list[Tensor] = field(default_factory=list)  # what the network gives
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -178,6 +181,8 @@ class _Flow:
         while True:
             readers = [i for i in range(index + 1, len(self.steps)) if _reads(self.steps[i], output)]
             if not readers or (len(readers) > 1 and self.steps[readers[0]].output is not output):
+                return
+            if any(leaf is output for leaf in self.results):
                 return
             index = readers[0]
             step = self.steps[index]
