@@ -120,6 +120,16 @@ def test_schedule_and_modes() -> None:
     assert torch.equal(TernaryTanh(variant="relu")(x), x.relu())
 
 
+def test_the_slope_travels_with_the_weights() -> None:
+    """A network that was sharpened and saved is as sharp when it is loaded, in training and in soft evaluation."""
+    act, x = TernaryTanh(hard=False), torch.randn(50)
+    act.before_step(0.5)
+    loaded = TernaryTanh(hard=False)
+    loaded.load_state_dict(act.state_dict())
+    assert torch.equal(loaded(x), soft_ternary(x, 5.5))
+    assert torch.equal(loaded.eval()(x), act.eval()(x))
+
+
 def test_gradient_of_ternary_weight_changes_the_stored_one(double: None) -> None:
     conv = TernaryConv2d(4, 5, 3, padding=1, bias=True)
     x, goal = torch.randn(2, 4, 6, 6), torch.randn(2, 5, 6, 6)
@@ -251,6 +261,10 @@ def test_memory_and_operations() -> None:
     assert 1 - cost.packed_bytes / cost.float_bytes > 0.9
     assert cost.kept_multiply_adds < 0.03 * cost.multiply_adds
     assert 60 < (cost.multiply_adds - cost.kept_multiply_adds) / cost.word_operations <= 64
+    net.down[0].eval()  # a frozen part
+    modes = [m.training for m in net.modules()]
+    ternary_cost(net, torch.zeros(1, 15, 16, 16))
+    assert [m.training for m in net.modules()] == modes
 
 
 def in_their_order(net: TernaryUNet) -> list[nn.Module]:
@@ -387,14 +401,19 @@ def test_enters_a_classifier() -> None:
     before = {k: v.clone() for k, v in net.state_dict().items()}
     report = torchive.convert(net, "ternarynet")
     assert type(net.conv1) is nn.Conv2d
+    assert ("conv1", "it is the first convolution") in report.left_alone
     assert type(net.layer4[1].act2) is nn.ReLU  # behind the last convolution
     assert sum(c.new == "TernaryConv2d" for c in report.changes) == 19
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items() if not k.endswith(".slope"))
+    net.load_state_dict(before)  # the plain network's weights still load
     x = torch.randn(2, 3, 64, 64)
     trained_norms(net, x)
     with torch.no_grad():
         torch.testing.assert_close(pack_ternary(net)(x), net(x), rtol=1e-5, atol=1e-5)
+        assert pack_ternary(net)(x[:0]).shape == (0, 3)
     report.undo()
     assert type(net.layer1[0].conv1) is nn.Conv2d
     weights_only = ternarize(net, variant="relu")
     assert {type(new) for *_, new in weights_only.changed} == {TernaryConv2d}
+    with pytest.raises(ValueError, match="conv: it is the first convolution"):
+        torchive.convert(nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3)})["conv"], "ternarynet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -80,10 +81,11 @@ class TernaryTanh(nn.Module):
         super().__init__()
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-        if len(slopes) != 2 or min(slopes) <= 0:
+        if not isinstance(slopes, Sequence) or len(slopes) != 2 or min(slopes) <= 0:
             raise ValueError(f"slopes must be two numbers above zero, got {slopes}")
         self.variant, self.slopes, self.hard = variant, (float(slopes[0]), float(slopes[1])), hard
-        self.register_buffer("slope", torch.tensor(self.slopes[0]), persistent=False)
+        self.register_buffer("slope", torch.tensor(self.slopes[0]))
+        self.register_load_state_dict_pre_hook(_without_slope)
 
     @classmethod
     def from_module(cls, old: nn.Module, *, channels: int = 0, **options: Any) -> TernaryTanh:
@@ -109,3 +111,8 @@ class TernaryTanh(nn.Module):
 
     def extra_repr(self) -> str:
         return f"variant={self.variant}, slopes={self.slopes}"
+
+
+def _without_slope(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Weights of a network with other activations load, too; the slope stays."""
+    state.setdefault(f"{prefix}slope", module.slope)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchive.methods.blocks.ternarynet.bits import as_map, as_words, ternary_products
 from torchive.methods.blocks.ternarynet.convolution import TernaryConv2d, TernaryConv3d, TernaryUnit, quantised
+from torchive.nn.passes import as_inputs, eval_mode
 
 GRAIN = 16  # pooled maps are multiples of 1/4, linearly upsampled ones of 1/16
 
@@ -80,10 +81,11 @@ class PackedTernaryConv(nn.Module):
 
     def _plane(self, mask: NDArray[np.bool_], positive: NDArray[np.bool_]) -> NDArray[np.int32]:
         """Sums (N, *S', O) of one ternary map (N, *S, I)."""
-        grouped = (*mask.shape[:-1], self.groups, -1)
+        grouped = (*mask.shape[:-1], self.groups, self.in_channels // self.groups)
         windows = [self._windows(np.packbits(m.reshape(grouped), axis=-1)) for m in (mask, positive & mask)]
         place = windows[0].shape[:-2]
-        rows = [as_words(w.reshape(-1, *w.shape[-2:])) for w in windows]  # (P, groups, W)
+        count = int(np.prod(place))
+        rows = [as_words(w.reshape(count, *w.shape[-2:])) for w in windows]  # (P, groups, W)
         filters = [t.cpu().numpy().view(np.uint64) for t in (self.masks, self.signs)]
         parts = [
             ternary_products((rows[0][:, g], rows[1][:, g]), (filters[0][g], filters[1][g])) for g in range(self.groups)
@@ -100,7 +102,8 @@ class PackedTernaryConv(nn.Module):
         view: Any = sliding_window_view(octets, extent, axis=axes)  # (N, *S', groups, B, *extent)
         view = view[(slice(None), *(slice(None, None, s) for s in self.stride))]
         view = view[(..., *(slice(None, None, d) for d in self.dilation))]
-        return np.moveaxis(view, rank + 2, -1).reshape(*view.shape[: rank + 2], -1)
+        taps = octets.shape[-1] * int(np.prod(self.kernel_size))
+        return np.moveaxis(view, rank + 2, -1).reshape(*view.shape[: rank + 2], taps)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (-1, *[1] * len(self.kernel_size))
@@ -242,11 +245,10 @@ def ternary_cost(model: nn.Module, inputs: Any) -> TernaryCost:
 
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
     hooks = [conv.register_forward_hook(count) for conv in convs]
-    training = model.training
     try:
-        model.eval()(*inputs) if isinstance(inputs, tuple) else model.eval()(inputs)
+        with eval_mode(model):
+            model(*as_inputs(model, inputs, dims=(2, 3)))
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     tensors = [*model.parameters(), *model.buffers()]

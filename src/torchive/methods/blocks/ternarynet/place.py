@@ -53,8 +53,13 @@ def ternarize(
     places: list[tuple[int, str, Any]] = [(turns[name], name, network.get_submodule(name)) for name in turns]
     convs = [(turn, name, module) for turn, name, module in sorted(places) if isinstance(module, _CONVS)]
     chosen: dict[str, int] = {}
-    for turn, name, module in convs[1:]:
-        if name in last or name in single or not wanted(name):
+    kept = {convs[0][1]: "it is the first convolution"} if convs else {}
+    kept |= dict.fromkeys(single, "it works on single positions") | dict.fromkeys(last, "it gives the output")
+    for turn, name, module in convs:
+        if not wanted(name):
+            continue
+        if name in kept:
+            result.left_alone.append((name, kept[name]))
             continue
         if len(module.weight[0]) == 1:
             result.left_alone.append((name, "its filters see one channel: too few weights for one scale"))
