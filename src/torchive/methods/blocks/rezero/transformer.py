@@ -172,8 +172,18 @@ def _attend(
     padding: Tensor | None,
     causal: bool,
 ) -> Tensor:
+    # dropout on a CPU has no fused form, and without masks the form that gives the weights is the faster one
+    dropping = query.device.type == "cpu" and attention.training and attention.dropout > 0
+    plain = dropping and mask is None and padding is None
     found, _ = attention(
-        query, memory, memory, attn_mask=mask, key_padding_mask=padding, need_weights=False, is_causal=causal
+        query,
+        memory,
+        memory,
+        attn_mask=mask,
+        key_padding_mask=padding,
+        need_weights=plain,
+        average_attn_weights=False,
+        is_causal=causal,
     )
     return found
 
