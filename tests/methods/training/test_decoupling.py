@@ -201,6 +201,20 @@ def test_the_second_stage_moves_the_head_alone(head):
     assert [k for k in second if "encoder" in k and not torch.equal(second[k], third[k])]
 
 
+def test_what_the_caller_froze_stays_frozen():
+    """A pretrained encoder whose first layer is not to learn, through both stages and back, and in a copy."""
+    method = procedure("crt", first_share=0.5)
+    first = next(method.network.encoder.parameters()).requires_grad_(False)
+    learning = [p.requires_grad for p in method.parameters()]
+    for progress in (0.0, 0.5, 0.9):
+        method.before_step(progress)
+        assert not first.requires_grad
+    assert not any(p.requires_grad for p in method.network.encoder.parameters())
+    for run in (method, copy.deepcopy(method)):
+        run.before_step(0.1)
+        assert [p.requires_grad for p in run.parameters()] == learning
+
+
 def test_the_baseline_has_one_stage_and_starts_alike():
     torch.manual_seed(3)
     joint = procedure("joint", first_share=0.5)

@@ -117,6 +117,7 @@ class Decoupling(nn.Module):
         self.loss = nn.CrossEntropyLoss() if loss is None else loss
         self.first_share = first_share
         self.second, self.centring = False, False
+        self._frozen: list[nn.Parameter] = []  # by the second stage; others were the caller's choice
 
     @property
     def network(self) -> RebalancedNetwork:
@@ -131,12 +132,16 @@ class Decoupling(nn.Module):
 
     def before_step(self, progress: float) -> None:
         """Enter the stage of this share of the run."""
-        network = self.network
+        network, before = self.network, self.second
         self.second = network.head is not None and progress >= self.first_share
         self.centring = progress < (1 + self.first_share) / 2
         network.joint = not self.second
-        for part in (network.encoder, network.classifier):
-            part.requires_grad_(not self.second)
+        if self.second and not before:
+            parts = (network.encoder, network.classifier)
+            self._frozen = [p for part in parts for p in part.parameters() if p.requires_grad]
+        if self.second != before:
+            for parameter in self._frozen:
+                parameter.requires_grad_(not self.second)
         if self.second:
             network.encoder.eval()
 
