@@ -415,5 +415,6 @@ def test_enters_a_classifier() -> None:
     assert type(net.layer1[0].conv1) is nn.Conv2d
     weights_only = ternarize(net, variant="relu")
     assert {type(new) for *_, new in weights_only.changed} == {TernaryConv2d}
-    with pytest.raises(ValueError, match="conv: it is the first convolution"):
-        torchive.convert(nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3)})["conv"], "ternarynet")
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    with pytest.raises(ValueError, match="0: it is the first convolution"):
+        torchive.convert(plain, "ternarynet")
