@@ -378,6 +378,17 @@ def test_auxiliary_classifier():
         assert torch.allclose(system.losses(x, y)["auxiliary"], expected)
 
 
+def test_one_file_for_images_of_every_size(tmp_path):
+    from torchive.engine.export import OnnxModel, gap_to_torch, write_onnx
+
+    backbone = NASNet(variant="mobile", repeats=1, channels=12, stem_channels=4)
+    network = PooledNetwork(backbone, num_classes=4).eval()
+    structure = write_onnx(network, torch.rand(2, 3, 32, 48), tmp_path / "model.onnx")
+    onnx = OnnxModel(tmp_path / "model.onnx", structure)
+    for size in ((3, 3, 32, 48), (2, 3, 64, 40), (2, 3, 33, 57)):
+        assert gap_to_torch(network, onnx, torch.rand(size)) < 1e-4
+
+
 def test_what_is_refused():
     block = CellBlock((0, "identity"), (1, "identity"))
     for call, match in (

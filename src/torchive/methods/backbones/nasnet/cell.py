@@ -24,13 +24,12 @@ class FactorisedReduction(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.first = SameConv(in_channels, out_channels // 2, 1)
-        self.second = SameConv(in_channels, out_channels - out_channels // 2, 1)
+        self.first = SameConv(in_channels, out_channels // 2, 1, stride=2)
+        self.second = SameConv(in_channels, out_channels - out_channels // 2, 1, stride=2)
         self.norm = norm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        even, odd = x[..., ::2, ::2], F.pad(x, (-1, 1, -1, 1))[..., ::2, ::2]
-        return self.norm(torch.cat([self.first(even), self.second(odd)], 1))
+        return self.norm(torch.cat([self.first(x), self.second(F.pad(x, (-1, 1, -1, 1)))], 1))
 
 
 class SearchedCell(nn.Module):

@@ -25,8 +25,11 @@ def pad_same(x: Tensor, kernel_size: int | tuple[int, int], value: float = 0.0) 
 
 
 def _border(side: int, window: int) -> tuple[int, int]:
+    if window == 1:
+        return 0, 0
     after = (window - 1) // 2
-    return (after - 1 + side % 2, after) if window > 1 else (0, 0)
+    # the last one behind an even side is never reached; with it all sizes are (side - 1) // 2 + 1, also symbolically
+    return after - 1 + side % 2, after + 1 - side % 2
 
 
 class SameConv(nn.Conv2d):
