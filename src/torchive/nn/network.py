@@ -65,9 +65,11 @@ class _TimmFeatures(nn.Module):
         self.network = network
         info: Any = network.feature_info
         self.levels = tuple(Level(c, s) for c, s in zip(info.channels(), info.reduction(), strict=True))
+        self.channels_last = getattr(network, "output_fmt", None) == "NHWC"  # Swin's maps
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return list(self.network(x))
+        maps = self.network(x)
+        return [y.movedim(-1, 1) for y in maps] if self.channels_last else list(maps)
 
 
 class _TorchvisionFeatures(nn.Module):
