@@ -389,5 +389,7 @@ def test_bad_arguments_are_named():
         CompatibilityAttention(4)(torch.randn(1, 5, 3, 3), torch.randn(1, 4))
     with pytest.raises(ValueError, match="global"):
         GridAttention(4, 6)(torch.randn(1, 4, 3, 3), torch.randn(1, 4))
+    with pytest.raises(ValueError, match=r"\(2, 4\), got shape \(3, 4\)"):
+        CompatibilityAttention(4)(torch.randn(2, 4, 3, 3), torch.randn(3, 4))
     with pytest.raises(ValueError, match="six"):
         VGGMaps((8, 8))

@@ -46,8 +46,9 @@ class _PositionAttention(nn.Module):
         """c: (N, C, *S) and (N, D) to (N, 1, *S)."""
         if local.ndim < 3 or local.shape[1] != self.channels:
             raise ValueError(f"expected local features (N, {self.channels}, *S), got shape {tuple(local.shape)}")
-        if whole.ndim != 2 or whole.shape[1] != self.gate_channels:
-            raise ValueError(f"expected global features (N, {self.gate_channels}), got shape {tuple(whole.shape)}")
+        expected = (local.shape[0], self.gate_channels)
+        if whole.shape != expected:
+            raise ValueError(f"expected global features {expected}, got shape {tuple(whole.shape)}")
         scores = self._scores(local.flatten(2), whole)  # (N, L)
         return scores.view(local.shape[0], 1, *local.shape[2:])
 
