@@ -6,12 +6,15 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+import torchive
 from torchive.methods.blocks.emanet import EMAttentionUnit, expectation, log_likelihood, maximisation
+from torchive.methods.blocks.gcnet import NonLocal
 
 REPOSITORY, COMMIT = "XiaLiPKU/EMANet", "f09ffac3a2294881b353b43300f1295065a398a8"
 
@@ -206,6 +209,35 @@ def _distributed(rank: int, folder: str) -> None:
 
 def test_two_processes_hold_the_same_bases(tmp_path: Path):
     mp.spawn(_distributed, args=(str(tmp_path),), nprocs=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("resnet18", "layer4"), ("densenet121", "features"), ("regnetx_002", "s4"), ("vgg11", "features")],
+)
+def test_one_unit_at_the_end_of_known_networks(name, place):
+    """DenseNet has modules called denselayer4, which are no stages."""
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    assert [change.name for change in torchive.convert(network, "emanet").changes] == [place]
+
+
+def test_memory_grows_with_the_positions_and_not_with_their_square():
+    """Numbers kept for the backward pass, against the non-local block."""
+    kept: dict[str, list[int]] = {"em": [], "non_local": []}
+    for side in (16, 32):
+        for name, block in (("em", EMAttentionUnit(8, bases=16)), ("non_local", NonLocal(8))):
+            sizes: dict[int, int] = {}
+
+            def keep(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+                sizes[tensor.data_ptr()] = tensor.numel()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                block(torch.randn(1, 8, side, side, requires_grad=True))
+            kept[name].append(sum(sizes.values()))
+    assert kept["em"][1] < 4.1 * kept["em"][0]  # four times the positions
+    assert kept["non_local"][1] > 12 * kept["non_local"][0]
 
 
 def test_converted_units_start_as_the_identity():
