@@ -235,6 +235,7 @@ def test_bad_arguments_are_named():
         ({"guard": "soft"}, "soft"),
         ({"reduction": "max"}, "max"),
         ({"margins": (1, 4, 0)}, r"\(1, 4, 0\)"),
+        ({"margins": 0.5}, r"got 0\.5"),
         ({"gamma": 0}, "and 0"),
         ({"centres": 0}, "4 and 0"),
     ):

@@ -222,6 +222,8 @@ def test_bad_arguments_are_named():
         FocalLoss()(torch.randn(4, 3), torch.zeros(3, 4))
     with pytest.raises(ValueError, match=r"\(4, 3\) and \(3,\)"):
         FocalLoss()(torch.randn(4, 3), torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"3 class weights, got \(2,\)"):
+        FocalLoss(variant="softmax", weight=[1.0, 2.0])(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
     with pytest.raises(TypeError, match=r"torch\.float32"):
         FocalLoss(variant="softmax")(torch.randn(4, 3), torch.randn(4))
     with pytest.raises(TypeError, match=r"torch\.int64"):

@@ -133,9 +133,10 @@ class ArcFaceLoss(nn.Module):
             raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
         if min(num_classes, embedding_dim, centres) < 1:
             raise ValueError(f"sizes must be >= 1, got {num_classes}, {embedding_dim} and {centres}")
-        if len(margins) != 3 or margins[0] <= 0 or not 0 <= margins[1] < math.pi or not gamma > 0:
+        three = isinstance(margins, Sequence) and len(margins) == 3
+        if not three or margins[0] <= 0 or not 0 <= margins[1] < math.pi or not gamma > 0:
             raise ValueError(
-                f"expected margins m1 > 0, 0 <= m2 < pi, m3, and gamma above zero, got {tuple(margins)} and {gamma}"
+                f"expected margins (m1 > 0, 0 <= m2 < pi, m3) and gamma above zero, got {margins} and {gamma}"
             )
         self.margins, self.gamma, self.guard = (float(margins[0]), float(margins[1]), float(margins[2])), gamma, guard
         self.margin_gradient, self.reduction = margin_gradient, reduction

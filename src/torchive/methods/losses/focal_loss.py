@@ -113,6 +113,8 @@ class FocalLoss(nn.Module):
             raise TypeError(f"the softmax form expects integer classes, got {target.dtype}")
         if logits.ndim < 2 or target.shape != logits.shape[:1] + logits.shape[2:]:
             raise ValueError(f"expected (N, K, ...) and (N, ...), got {tuple(logits.shape)} and {tuple(target.shape)}")
+        if self.weight is not None and self.weight.shape != logits.shape[1:2]:
+            raise ValueError(f"expected {logits.shape[1]} class weights, got {tuple(self.weight.shape)}")
         counted = target != self.ignore_index
         labels = torch.where(counted, target, 0)
         if self.variant == "softmax":
