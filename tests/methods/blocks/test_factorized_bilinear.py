@@ -110,6 +110,22 @@ def test_head_is_bilinear_pooling_of_low_rank(double):
     assert (head(same) - one).abs().max() < 1e-13
 
 
+def test_equal_means_are_told_apart_only_behind_the_layer(double):
+    """Both orders are blind to the order of positions, but only one sees how features go together."""
+    x = torch.randn(3, 6, 20)
+    x = x - x.mean(2, keepdim=True) + 0.1
+    other = x.clone()
+    other[:, 0] = x[:, 0, torch.randperm(20)]  # the same values in each channel, paired differently
+    after, before = (
+        FactorizedBilinearHead(6, 4, rank=3, act="none", mode=mode).eval()
+        for mode in ("layer_then_mean", "mean_then_layer")
+    )
+    for head in (after, before):
+        assert (head(x[..., torch.randperm(20)]) - head(x)).abs().max() < 1e-12
+    assert (before(other) - before(x)).abs().max() < 1e-12
+    assert (after(other) - after(x)).abs().min() > 1e-4
+
+
 def test_any_quadratic_form(double):
     """With k = n: a positive one by F = its root, any one with signs."""
     root = torch.randn(4, 5, 5)
