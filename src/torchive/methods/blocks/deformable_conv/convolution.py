@@ -103,7 +103,12 @@ def _product(columns: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out_channels, width = weight.shape[:2]
     groups = columns.shape[-1] // width
     if groups == 1:
-        return F.linear(columns.flatten(3), weight.permute(0, 2, 3, 1).reshape(out_channels, -1), bias)
+        rows, flat = columns.flatten(3), weight.permute(0, 2, 3, 1).reshape(out_channels, -1)
+        if not rows.is_cpu or torch.compiler.is_compiling() or rows.shape[0] * rows.shape[1] < 16:
+            return F.linear(rows, flat, bias)
+        # on one core a convolution of many rows is up to twice as fast as the matrix product that it is
+        y = F.conv2d(rows.flatten(0, 1).permute(0, 2, 1).unsqueeze(2), flat[:, :, None, None], bias)
+        return y.squeeze(2).permute(0, 2, 1).unflatten(0, rows.shape[:2])
     matrix = weight.flatten(2)  # (O, C / groups, K)
     if width == 1 and out_channels == groups:  # depthwise
         y = (columns * matrix[:, 0].T).sum(3)

@@ -19,19 +19,23 @@ def corners(y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tens
     went on with zeros. The weights carry the gradient to the positions.
     """
     y, x = y.clamp(-2, height + 1), x.clamp(-2, width + 1)  # infinities have no fraction
-    top, left = y.detach().floor(), x.detach().floor()
-    rows, weight_y = _pair(top, y - top, height)
-    columns, weight_x = _pair(left, x - left, width)
-    index = rows.unsqueeze(-1) * width + columns.unsqueeze(-2)
-    return index.flatten(-2), (weight_y.unsqueeze(-1) * weight_x.unsqueeze(-2)).flatten(-2)
+    top, bottom, weight_top, weight_bottom = _pair(y, height)
+    left, right, weight_left, weight_right = _pair(x, width)
+    top, bottom = top * width, bottom * width
+    index = [row + column for row in (top, bottom) for column in (left, right)]
+    weights = [a * b for a in (weight_top, weight_bottom) for b in (weight_left, weight_right)]
+    return torch.stack(index, -1), torch.stack(weights, -1)  # put together last: short last axes are slow
 
 
-def _pair(first: Tensor, share: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Two neighbouring cells of one axis with their weights, (..., 2)."""
-    both = torch.stack([first, first + 1], -1)
-    inside = (both >= 0) & (both < size)
-    weight = torch.stack([1 - share, share], -1) * inside
-    return both.int().clamp(0, size - 1), weight  # in this order also where it is not a number
+def _pair(at: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two neighbouring cells of one axis, and their weights."""
+    floor = at.detach().floor()
+    share, first = at - floor, floor.int()
+    found, weights = [], []
+    for cell, weight in ((first, 1 - share), (first + 1, share)):
+        weights.append(weight * ((cell >= 0) & (cell < size)))
+        found.append(cell.clamp(0, size - 1))  # in this order also where it is not a number
+    return found[0], found[1], weights[0], weights[1]
 
 
 def weighted_rows(rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
