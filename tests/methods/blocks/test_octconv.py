@@ -503,6 +503,18 @@ def test_convert_undoes_selects_and_explains():
         convert(network, "octconv", beta=1)
     with pytest.raises(ConversionError, match=r"in \[0, 1\), got 1.5"):
         convert(network, "octconv", alpha=1.5)
+    with pytest.raises(ConversionError, match="^octconv: downsampling must be pool or strided, got 'skip'"):
+        convert(network, "octconv", downsampling="skip")
+    convert(network, "octconv")
+    with pytest.raises(ConversionError, match="conv1: it is the first convolution"):
+        convert(network, "octconv")  # again
+    network = timm.create_model("mobilenetv2_050", num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = network(x)
+    report = convert(network, "sparse_shift")
+    with pytest.raises(ConversionError, match="expected a tensor, got Octave"):
+        convert(network, "octconv")  # a shift takes no pair
+    report.undo()
     with pytest.raises(ConversionError, match="nothing in Sequential"):
         convert(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()), "octconv")
     assert torch.equal(network(x), expected)

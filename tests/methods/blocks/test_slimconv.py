@@ -237,8 +237,13 @@ def test_shapes_are_those_of_a_plain_convolution(stride, dilation, folds):
 
 def test_layer_norm_takes_a_batch_of_one():
     x = torch.randn(1, 8, 5, 5)
-    with pytest.raises(ValueError, match="more than 1 value"):
+    with pytest.raises(ValueError, match='batch of 2 or more, got 1; gate_norm="layer" takes it'):
         SlimConv(8, reduction=4)(x)
+    assert SlimConv(8).eval()(x).shape == (1, 6, 5, 5)
+    narrow = SlimConv(8, gate_norm="layer")  # with a norm over one number the gate would not see its input
+    other = narrow(torch.cat([x, torch.randn(1, 8, 5, 5)]))
+    assert narrow.gate[0].out_channels == 2
+    assert other.shape == (2, 6, 5, 5)
     layer = SlimConv(8, reduction=4, gate_norm="layer")
     many = torch.cat([x, torch.randn(3, 8, 5, 5)])
     weights = [layer.gate(images.mean((2, 3), keepdim=True)) for images in (x, many)]
@@ -343,6 +348,9 @@ def test_the_rest_of_the_network_is_kept_and_undo_restores_it():
     assert network(x).shape == (2, 3)
     report.undo()
     assert torch.equal(network(x), original(x))
+    for options in ({"folds": 0}, {"gate_norm": "group"}, {"reduction": 0}):
+        with pytest.raises(ConversionError, match=f"^slimconv: .*{next(iter(options.values()))}"):
+            convert(network, "slimconv", **options)
     with pytest.raises(ConversionError, match="it takes folds, lower_groups, reduction, gate_norm"):
         convert(network, "slimconv", k=2)
     with pytest.raises(ConversionError, match="it is depthwise"):

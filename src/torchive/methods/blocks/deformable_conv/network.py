@@ -105,7 +105,10 @@ def _places(network: nn.Module, example: Any) -> list[_Place]:
 
     inputs = as_inputs(network, example)
     hooks = []
+    own = {id(m.offset) for m in network.modules() if isinstance(m, DeformConv2d)}  # deformable ones' offsets stay
     for name, module in network.named_modules():
+        if id(module) in own:
+            continue
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and name:
             hooks.append(module.register_forward_hook(called(name)))
         elif "Norm" in type(module).__name__:

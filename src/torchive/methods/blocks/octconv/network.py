@@ -46,17 +46,20 @@ def octavize(
         What was changed, with ``undo()``.
 
     Raises:
-        ValueError: ``alpha`` outside [0, 1), or a network whose code cannot take a pair.
+        ValueError: ``alpha`` outside [0, 1), an unknown ``downsampling``, or a network whose code cannot take a pair.
     """
     if not 0 <= alpha < 1:
         raise ValueError(f"alpha must be in [0, 1), got {alpha}")
+    if downsampling not in ("pool", "strided"):
+        raise ValueError(f"downsampling must be pool or strided, got {downsampling!r}")
     inputs = as_inputs(network, example, dims=(2, 3))
     plan = _Plan(network, alpha, matches or (lambda _: True), {"downsampling": downsampling, "exchange": exchange})
     with torch.no_grad(), eval_mode(network):
         plan.look(inputs)
         while not plan.grow(inputs):
             pass
-    result = Rewriting(network, left_alone=[(name, reason) for name, reason in plan.kept.items() if reason])
+    reasons = plan.kept if plan.made else plan.reasons
+    result = Rewriting(network, left_alone=[(name, reason) for name, reason in reasons.items() if reason])
     for name, new in plan.made.items():
         result.put(name, new)
     if plan.leaks:
@@ -90,7 +93,8 @@ class _Plan:
     options: dict[str, Any]
     convolutions: list[_Place] = field(default_factory=list)
     plain: set[str] = field(default_factory=set)  # emit plain maps
-    kept: dict[str, str] = field(default_factory=dict)  # stay as they are, and why
+    kept: dict[str, str] = field(default_factory=dict)  # stay as they are, and why where pairs arrive
+    reasons: dict[str, str] = field(default_factory=dict)  # why, wherever that is
     made: dict[str, nn.Module] = field(default_factory=dict)
     leaks: bool = False
 
@@ -119,6 +123,7 @@ class _Plan:
         self.convolutions = [place for place in places if place.name in kinds]
         if self.convolutions:
             self.kept[self.convolutions[0].name] = ""
+            self.reasons[self.convolutions[0].name] = "it is the first convolution"
         self.plain = {outputs[id(leaf)][1] for leaf in pytree.tree_leaves(result) if id(leaf) in outputs}
         self.plain |= set(_last_stage(places, self.convolutions, boxes))
 
@@ -164,7 +169,7 @@ class _Plan:
             return known
         reason = self._unfit(name, module, x)
         if reason is not None:
-            self.kept[name] = reason if low_in else ""
+            self.kept[name], self.reasons[name] = reason if low_in else "", reason
             return None
         depthwise = module.groups > 1 and module.groups == module.in_channels
         low_out = 0 if name in self.plain else int(self.alpha * module.out_channels + 1e-6)

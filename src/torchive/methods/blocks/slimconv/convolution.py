@@ -28,11 +28,12 @@ class SlimConv(nn.Module):
         groups: groups of the upper path's 3x3 convolution.
         lower_groups: those of the lower path's; as many as ``groups`` if None.
         reduction: by which the gate squeezes its channels.
-        gate_norm: "batch" as in the release, or "layer", which takes a training batch of one image, too.
+        gate_norm: "batch" as in the release, or "layer", which takes a training batch of one image, too; it has two or
+            more hidden channels.
 
     Raises:
         ValueError: numbers below one, channels that do not divide, or an unknown ``gate_norm``; in ``forward``, an
-            input of other channels.
+            input of other channels, or a training batch of one where the gate has a batch norm.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class SlimConv(nn.Module):
         if upper % groups or lower % lower_groups:
             raise ValueError(f"{groups} and {lower_groups} groups do not divide {upper} and {lower} channels")
         self.channels, self.folds, self.out_channels = channels, folds, upper + lower
-        hidden = max(channels // reduction, 1)
+        hidden = max(channels // reduction, 2 if gate_norm == "layer" else 1)  # one number alone norms to nothing
         self.gate = nn.Sequential(
             nn.Conv2d(channels, hidden, 1, bias=False),
             nn.BatchNorm2d(hidden) if gate_norm == "batch" else nn.GroupNorm(1, hidden),
@@ -107,6 +108,9 @@ class SlimConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"expected (N, {self.channels}, H, W), got shape {tuple(x.shape)}")
+        norm = self.gate[1]
+        if len(x) == 1 and norm.training and isinstance(norm, nn.BatchNorm2d):
+            raise ValueError('expected a training batch of 2 or more, got 1; gate_norm="layer" takes it')
         weight = self.gate(x.mean((2, 3), keepdim=True))  # (N, C, 1, 1)
         top = fold_channels(x, weight, self.folds)  # (N, C / r, H, W)
         bottom = fold_channels(x, weight.flip(1), self.folds)

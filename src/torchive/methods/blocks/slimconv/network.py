@@ -43,7 +43,11 @@ def slim(
 
     Returns:
         What was changed, with ``undo()``.
+
+    Raises:
+        ValueError: ``folds`` or ``reduction`` below one, or an unknown ``gate_norm``.
     """
+    SlimConv(2 * max(folds, 1), folds=folds, reduction=reduction, gate_norm=gate_norm)  # refuses bad options at once
     flow = _Flow(network)
     with torch.no_grad(), eval_mode(network), flow.watched():
         outputs = network(*as_inputs(network, example))

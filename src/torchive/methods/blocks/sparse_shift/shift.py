@@ -273,6 +273,8 @@ class SparseShift(nn.Module):
         return cls(old.in_channels, stride=stride, **{"kernel_size": side, **options})
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"expected a tensor, got {type(x).__name__}")
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"expected (N, {self.channels}, H, W), got shape {tuple(x.shape)}")
         if not x.is_floating_point():
