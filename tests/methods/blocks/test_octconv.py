@@ -503,7 +503,7 @@ def test_convert_undoes_selects_and_explains():
         convert(network, "octconv", beta=1)
     with pytest.raises(ConversionError, match=r"in \[0, 1\), got 1.5"):
         convert(network, "octconv", alpha=1.5)
-    with pytest.raises(ConversionError, match="^octconv: downsampling must be pool or strided, got 'skip'"):
+    with pytest.raises(ConversionError, match=r"^octconv: downsampling must be pool or strided, got 'skip'"):
         convert(network, "octconv", downsampling="skip")
     convert(network, "octconv")
     with pytest.raises(ConversionError, match="conv1: it is the first convolution"):
