@@ -496,8 +496,33 @@ def test_takes_the_place_of_a_convolution(cls):
     mobile(torch.randn(2, 3, 128, 128)).sum().backward()
     with pytest.raises(ConversionError, match="odd kernels above 1"):
         convert(network, cls, "layer4.0.downsample.0", replaces=nn.Conv2d)
-    with pytest.raises(ConversionError, match="not a part of a network"):
-        convert(network, "san_self_attention")
+
+
+def test_enters_networks_by_name():
+    """The last convolutions that it can replace, or all of them; those that it cannot are listed with the reason."""
+    network = timm.create_model("resnet18", num_classes=4)
+    report = convert(network, "san_self_attention")
+    assert [change.name for change in report.changes] == ["layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2"]
+    report.undo()
+    report = convert(network, "san_self_attention", last=None)
+    assert len(report.changes) == 16
+    assert [name for name, _ in report.left_alone] == ["conv1"]
+    assert "16 channels" in report.left_alone[0][1]
+    network(torch.randn(2, 3, 64, 64)).sum().backward()
+    report.undo()
+    assert not any(isinstance(m, PatchwiseAttention) for m in network.modules())
+    regnet = timm.create_model("regnetx_002", num_classes=4)  # grouped
+    with pytest.raises(ConversionError, match="one group or one for each channel"):
+        convert(regnet, "san_self_attention")
+    convnext = timm.create_model("convnext_atto", num_classes=4)
+    report = convert(convnext, "san_self_attention", kind="pairwise", relation="dot", last=4)
+    assert len(report.changes) == 4
+    assert {m.relation for m in convnext.modules() if isinstance(m, PairwiseAttention)} == {"dot"}
+    assert {r for _, r in report.left_alone if "2 x 2" in r} == {"a reflected border of 3 does not fit its map, 2 x 2"}
+    for options in ({"kind": "hard"}, {"relation": "minus"}, {"chunk": 0}, {"last": 0}):
+        with pytest.raises(ConversionError, match=str(next(iter(options.values())))):
+            convert(network, "san_self_attention", **options)
+    assert not any(isinstance(m, PatchwiseAttention) for m in network.modules())
 
 
 def test_small_images_and_bad_arguments_are_named():

@@ -18,5 +18,6 @@ Differs  Plain tensor operations instead of kernels for one GPU; with ``chunk`` 
 from torchive.methods.backbones.san_self_attention.aggregation import aggregate
 from torchive.methods.backbones.san_self_attention.attention import PairwiseAttention, PatchwiseAttention
 from torchive.methods.backbones.san_self_attention.network import SAN, SANClassifier, load_release
+from torchive.methods.backbones.san_self_attention.place import attend
 
-__all__ = ["SAN", "PairwiseAttention", "PatchwiseAttention", "SANClassifier", "aggregate", "load_release"]
+__all__ = ["SAN", "PairwiseAttention", "PatchwiseAttention", "SANClassifier", "aggregate", "attend", "load_release"]
