@@ -15,6 +15,7 @@ from torchive.methods.segmentation.pan_pyramid_attention import (
     GlobalAttentionUpsample,
     PyramidAttentionNetwork,
 )
+from torchive.nn.fcn import FCN
 
 REPOSITORY, COMMIT = "qubvel-org/segmentation_models.pytorch", "5006616357631a48c7c8e11977cf5abb00803590"
 
@@ -308,6 +309,17 @@ def test_enters_networks():
     assert network(torch.randn(2, 3, 64, 64)).shape == (2, 5)
 
 
+def test_enters_networks_once():
+    """DenseNet has modules called denselayer4, which are no stages."""
+    import timm
+
+    for name, place in (("densenet121", "features"), ("regnetx_002", "s4")):
+        with torch.device("meta"):
+            network = timm.create_model(name)
+        report = torchive.convert(network, "pan_pyramid_attention")
+        assert [change.name for change in report.changes] == [place]
+
+
 def test_bad_arguments_are_named():
     for options in ({"pyramid_channels": 3}, {"kernels": (4, 3)}, {"pool": "min"}, {"kernels": ()}):
         with pytest.raises(ValueError, match=str(next(iter(options.values()))).strip("()").split(",")[0] or "odd"):
@@ -319,3 +331,66 @@ def test_bad_arguments_are_named():
         GlobalAttentionUpsample(3, 4)(torch.randn(1, 4, 8, 8), torch.randn(1, 4, 4, 4))
     with pytest.raises(ValueError, match="got 1"):
         PyramidAttentionNetwork(num_classes=1)
+
+
+def animals(count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 64, 64) of a body (class 1) with an eye (class 2, 0.4 % of the pixels) among dots that are none."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    images, classes = 0.25 * torch.randn(count, 3, 64, 64, generator=draw), torch.zeros(count, 64, 64, dtype=torch.long)
+    colours = torch.tensor([[0.5, 0.1, -0.3], [-0.8, 0.4, 0.8], [-0.3, 0.5, 0.5]])[:, :, None]
+
+    def between(low: float, high: float) -> float:
+        return low + (high - low) * torch.rand(1, generator=draw).item()
+
+    for image, mask in zip(images, classes, strict=True):
+        cy, cx, radius = between(16, 48), between(16, 48), between(9, 14)
+        ey, ex = cy + between(-0.5, 0.5) * radius, cx + between(-0.5, 0.5) * radius
+        for k, (a, b, r) in enumerate(((cy, cx, radius), (ey, ex, 2.3))):
+            disc = (y - a) ** 2 + (x - b) ** 2 < r**2
+            image[:, disc] += colours[k]
+            mask[disc] = k + 1
+        for _ in range(4):
+            a, b = between(2, 62), between(2, 62)
+            if (a - cy) ** 2 + (b - cx) ** 2 > (radius + 4) ** 2:
+                image[:, (y - a) ** 2 + (x - b) ** 2 < 2.3**2] += colours[2]
+    return images, classes
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_are_small_parts_lost_to_the_loss_or_to_the_network(capsys):
+    """The notes' first question: IoU of the eye for two networks and two losses, and for other decoders."""
+    draw = torch.Generator().manual_seed(0)
+    (x, t), (unseen, truth) = animals(384, draw), animals(128, draw)
+    balance = t.flatten().bincount().rsqrt()  # weights of classes by the root of their rarity
+    balance = balance / balance.mean()
+    options = {"num_classes": 3, "width": 16, "options": {"output_stride": 8}}
+    arms: dict[str, tuple[type[nn.Module], dict[str, object], Tensor | None]] = {
+        "fcn": (FCN, {"drop": 0.0}, None),
+        "fcn, balanced": (FCN, {"drop": 0.0}, balance),
+        "pan": (PyramidAttentionNetwork, {}, None),
+        "pan, balanced": (PyramidAttentionNetwork, {}, balance),
+        "addition": (PyramidAttentionNetwork, {"gate": "none"}, balance),
+        "concatenation": (PyramidAttentionNetwork, {"gate": "none", "fusion": "concat"}, balance),
+        "spatial gate": (PyramidAttentionNetwork, {"gate": "spatial", "act": nn.Sigmoid}, balance),
+        "channel gate": (PyramidAttentionNetwork, {"act": nn.Sigmoid}, balance),
+    }
+    eye = dict.fromkeys(arms, 0.0)
+    for name, (build, own, weight) in arms.items():
+        for seed in range(3):
+            torch.manual_seed(seed)
+            network = build("timm/test_resnet", **options, **own)
+            optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
+            for _ in range(200):
+                rows = torch.randint(len(x), (8,))
+                optimizer.zero_grad()
+                F.cross_entropy(network(x[rows]), t[rows], weight=weight).backward()
+                optimizer.step()
+            with torch.no_grad():
+                found = network.eval()(unseen).argmax(1)
+            both = ((found == 2) & (truth == 2)).sum() / ((found == 2) | (truth == 2)).sum().clamp_min(1)
+            eye[name] += both.item() / 3
+    with capsys.disabled():
+        print({name: round(value, 3) for name, value in eye.items()})
+    assert max(eye["fcn"], eye["pan"]) < 0.1
+    assert eye["pan, balanced"] > eye["fcn, balanced"] + 0.1
