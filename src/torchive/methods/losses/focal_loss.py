@@ -105,7 +105,7 @@ class FocalLoss(nn.Module):
                 raise ValueError(f"expected equal shapes, got {tuple(prediction.shape)} and {tuple(target.shape)}")
             truth = target.to(logits.dtype)
             each = focal_sigmoid(logits, truth, alpha=self.alpha, gamma=self.gamma)
-            return self._reduced(each, torch.ones_like(truth), truth > 0.5)
+            return self._reduced(each, None, truth > 0.5 if self.reduction == "num_pos" else None)
         return self._of_classes(logits, target)
 
     def _of_classes(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -129,13 +129,18 @@ class FocalLoss(nn.Module):
         each = focal_sigmoid(logits, truth, alpha=self.alpha, gamma=self.gamma)
         return self._reduced(each * weights, weights, (truth > 0.5) & counted[:, None])
 
-    def _reduced(self, each: Tensor, weights: Tensor, positive: Tensor) -> Tensor:
+    def _reduced(self, each: Tensor, weights: Tensor | None, positive: Tensor | None) -> Tensor:
+        """Without weights all entries count alike; ``positive`` is needed for "num_pos" alone."""
         if self.reduction == "none":
             return each
         total = each.sum()
         if self.reduction == "sum":
             return total
-        count = positive.sum().clamp(min=1) if self.reduction == "num_pos" else weights.sum()
+        if self.reduction == "num_pos" and positive is not None:
+            return total / positive.sum().clamp(min=1)
+        if weights is None:
+            return total / max(each.numel(), 1)
+        count = weights.sum()
         return total / torch.where(count > 0, count, 1)
 
     def extra_repr(self) -> str:
