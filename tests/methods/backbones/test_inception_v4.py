@@ -190,6 +190,27 @@ def test_scale_zero_is_relu():
     assert torch.equal(last(x), x)
 
 
+def test_unscaled_residuals_swell_and_pass_on_larger_gradients():
+    """What the scales are for, at the start of training: spread over the blocks A, gradient of the first layer."""
+    found = []
+    for scale in (None, 1.0):
+        torch.manual_seed(0)
+        network = Inception(
+            "inception_resnet_v2", multiplier=0.25, layers=[10, 5, 2], residual_scale=scale, padding="same"
+        )
+        spread: list[Tensor] = []
+        blocks = [m for m in network.stages[2].modules() if isinstance(m, ResidualBranches)]
+        blocks[0].register_forward_pre_hook(lambda _, inputs, spread=spread: spread.append(inputs[0].std()))
+        blocks[-1].register_forward_hook(lambda _, inputs, y, spread=spread: spread.append(y.std()))
+        network(torch.randn(2, 3, 64, 64))[-1].square().mean().backward()
+        gradient = next(network.parameters()).grad.norm()
+        found.append((float(spread[1] / spread[0]), float(gradient)))
+    scaled, plain = found
+    assert 0.9 < scaled[0] < 1.1
+    assert plain[0] > 1.4
+    assert plain[1] > 2 * scaled[1]
+
+
 def test_factorisation(double):
     """An outer product 7x7 is 7x1 then 1x7; two 3x3 see 5x5 pixels."""
     column, row = torch.randn(7), torch.randn(7)
