@@ -18,7 +18,10 @@ from torchive.methods.losses.eql import (
     tail_ratio,
     tail_threshold,
 )
+from torchive.methods.losses.focal_loss import FocalLoss
+from torchive.methods.training.decoupling import Decoupling, shot_accuracy
 from torchive.nn.prior import init_classifier
+from torchive.structures import Batch
 
 COUNTS = [500, 300, 150, 40, 8, 2]  # of 1,000: the last three hold 5 %
 K, BACKGROUND = 6, 6
@@ -208,3 +211,52 @@ def test_bad_arguments_are_named():
         loss(torch.randn(4, 6), torch.zeros(4, 5))
     with pytest.raises(TypeError, match=r"torch\.float32"):
         EqualizationLoss(class_counts=COUNTS, variant="softmax")(torch.randn(4, 6), torch.zeros(4))
+
+
+@pytest.mark.slow
+def test_long_tailed_digits_the_rare_classes_gain():
+    """Imbalance 100 on small digits, five seeds: many, medium and few, against cross-entropy and focal loss.
+
+    Both losses also as the first stage of a classifier that is trained again on balanced draws.
+    """
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
+    counts = [max(round(120 * 100 ** (-k / 9)), 1) for k in range(10)]
+    losses = {
+        "cross-entropy": nn.CrossEntropyLoss,
+        "focal": lambda: FocalLoss(variant="softmax"),
+        "softmax form": lambda: EqualizationLoss(class_counts=counts, variant="softmax"),
+    }
+    runs = [(name, head) for name in losses for head in ("joint", "crt") if (name, head) != ("focal", "crt")]
+    mean: dict[tuple[str, str], dict[str, float]] = {run: {} for run in runs}
+    for seed in range(5):
+        torch.manual_seed(seed)
+        rows = [torch.nonzero(y == k)[:, 0][torch.randperm(int((y == k).sum()))] for k in range(10)]
+        train = torch.cat([r[:n] for r, n in zip(rows, counts, strict=True)])
+        test = torch.cat([r[120:] for r in rows])
+        for name, head in runs:
+            torch.manual_seed(seed)
+            body = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU())
+            method = Decoupling(body, num_classes=10, head=head, first_share=0.8, feature_dim=32, loss=losses[name]())
+            optimiser = torch.optim.Adam(method.parameters(), lr=3e-3)
+            for step in range(1000):
+                method.train().before_step(step / 1000)
+                if method.sampling(step / 1000) == 1:
+                    chosen = train[torch.randint(0, len(train), (64,))]
+                else:
+                    draws = torch.randint(0, 10, (64,))
+                    chosen = torch.stack([rows[k][torch.randint(0, counts[k], ())] for k in draws])
+                optimiser.zero_grad(set_to_none=True)
+                method.losses(Batch(x[chosen], y[chosen], ("",) * 64))["loss"].backward()
+                optimiser.step()
+            with torch.no_grad():
+                found = shot_accuracy(method.eval()(x[test]).argmax(1), y[test], counts, many=40)
+            for part, value in found.items():
+                mean[name, head][part] = mean[name, head].get(part, 0) + value / 5
+    for run, found in mean.items():
+        print(*run, {part: round(value, 3) for part, value in found.items()})
+    few = {run: found["few"] for run, found in mean.items()}
+    assert few["softmax form", "joint"] > few["cross-entropy", "joint"]
+    assert few["softmax form", "crt"] > few["cross-entropy", "joint"]
