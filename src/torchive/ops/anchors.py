@@ -75,3 +75,51 @@ def grid_anchors(grid: Sequence[int], stride: int, cell: Tensor) -> Tensor:
     x = torch.arange(width, device=cell.device, dtype=cell.dtype) * stride
     place = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], -1)  # (H, W, 2)
     return (place.repeat(1, 1, 2)[:, :, None] + cell).reshape(-1, 4)
+
+
+def centred_anchors(grids: Sequence[Sequence[int]], strides: Sequence[int], shapes: Sequence[Tensor]) -> Tensor:
+    """Anchors (A, 4) centred in their cells, map by map, row by row, cell by cell; shapes (B, 2) in pixels."""
+    parts = []
+    for (height, width), stride, shape in zip(grids, strides, shapes, strict=True):
+        half = (shape / 2).repeat(1, 2) * shape.new_tensor([-1.0, -1.0, 1.0, 1.0])  # (B, 4)
+        parts.append(grid_anchors((height, width), stride, half + stride / 2))
+    return torch.cat(parts)
+
+
+def shape_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Overlap (L, M) of shapes (L, 2) and (M, 2), width and height, laid over one centre."""
+    inter = torch.minimum(a[:, None], b).prod(-1)
+    return inter / (a.prod(-1)[:, None] + b.prod(-1) - inter)
+
+
+def kmeans_anchors(shapes: Tensor, k: int, *, steps: int = 100, seed: int = 0) -> tuple[Tensor, list[float]]:
+    """k shapes (k, 2), by area, that stand for the shapes (L, 2) of boxes, and the cost after each step.
+
+    k-means with the distance 1 - IoU (Redmon and Farhadi, arXiv:1612.08242, section 2): each shape joins the centre it
+    overlaps most, each centre becomes the mean of its shapes unless that raises its cost; the cost, the mean distance,
+    so never rises. The first centres are drawn far from each other.
+
+    Raises:
+        ValueError: less than one centre, fewer shapes than centres, or a side of zero.
+    """
+    if not 1 <= k <= len(shapes) or not bool((shapes > 0).all()):
+        raise ValueError(f"expected 1 to {len(shapes)} centres and sides above zero, got k={k}")
+    generator = torch.Generator().manual_seed(seed)
+    shapes = shapes.double()
+    centres = shapes[torch.randint(len(shapes), (1,), generator=generator)]
+    while len(centres) < k:
+        far = (1 - shape_iou(shapes, centres)).amin(1).clamp(min=0) ** 2 + 1e-12
+        centres = torch.cat([centres, shapes[torch.multinomial(far, 1, generator=generator)]])
+    costs: list[float] = []
+    for _ in range(steps):
+        distance = 1 - shape_iou(shapes, centres)  # (L, k)
+        nearest = distance.argmin(1)
+        costs.append(float(distance.amin(1).mean()))
+        if len(costs) > 1 and costs[-1] >= costs[-2] - 1e-12:
+            break
+        member = torch.nn.functional.one_hot(nearest, k).to(shapes)  # (L, k)
+        mean = (member.T @ shapes) / member.sum(0).clamp(min=1)[:, None]
+        mean = torch.where(member.any(0)[:, None], mean, centres)
+        better = ((1 - shape_iou(shapes, mean)) * member).sum(0) <= (distance * member).sum(0)
+        centres = torch.where(better[:, None], mean, centres)
+    return centres[centres.prod(1).argsort()].float(), costs

@@ -40,6 +40,30 @@ def decode_boxes(
     return torch.cat([centre - half, centre + half], -1)
 
 
+def encode_cells(boxes: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
+    """YOLO's targets (..., 4) of boxes: place of the centre in its cell, log ratios of the sides to the anchor's.
+
+    Args:
+        boxes: (..., 4).
+        anchors: (..., 4), centred in their cells.
+        strides: (...), side of the cell in the boxes' units.
+    """
+    size, anchor_size = boxes[..., 2:] - boxes[..., :2], anchors[..., 2:] - anchors[..., :2]
+    corner = (anchors[..., :2] + anchors[..., 2:] - strides[..., None]) / 2
+    place = ((boxes[..., :2] + boxes[..., 2:]) / 2 - corner) / strides[..., None]
+    return torch.cat([place, (size / anchor_size).log()], -1)
+
+
+def decode_cells(
+    places: Tensor, stretches: Tensor, anchors: Tensor, strides: Tensor, *, log_clamp: float = LOG_CLAMP
+) -> Tensor:
+    """Boxes (..., 4) of places in the cell (..., 2) and log ratios (..., 2), the inverse of ``encode_cells``."""
+    size = stretches.clamp(max=log_clamp).exp() * (anchors[..., 2:] - anchors[..., :2])
+    corner = (anchors[..., :2] + anchors[..., 2:] - strides[..., None]) / 2
+    centre = corner + places * strides[..., None]
+    return torch.cat([centre - size / 2, centre + size / 2], -1)
+
+
 def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Boxes (N, ..., 4) cut to the images; ``sizes`` (N, 2) are height and width."""
     limits = sizes.to(boxes.dtype)[:, [1, 0, 1, 0]].view(-1, *[1] * (boxes.ndim - 2), 4)

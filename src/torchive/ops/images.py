@@ -47,6 +47,38 @@ def stack_resized(images: Tensor | Sequence[Tensor], size: tuple[int, int]) -> T
     return torch.stack([i if tuple(i.shape[-2:]) == size else _resize(i[None], size)[0] for i in images])
 
 
+def letterbox(images: Tensor | Sequence[Tensor], size: tuple[int, int], *, value: float = 0.5) -> Tensor:
+    """Images of any sizes to (N, C, *size), their sides in proportion, centred on grey; boxes move by ``fit_boxes``."""
+    if isinstance(images, Tensor):
+        inside = letterbox_place((int(images.shape[-2]), int(images.shape[-1])), size)
+        return _framed(images, inside, size, value)
+    places = [letterbox_place(place, size) for place in image_sizes(images)]
+    return torch.cat([_framed(i[None], place, size, value) for i, place in zip(images, places, strict=True)])
+
+
+def letterbox_place(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Left, top, width and height, in whole pixels, of an image (height, width) in a frame ``size``."""
+    scale = min(size[0] / image[0], size[1] / image[1])
+    height, width = max(round(image[0] * scale), 1), max(round(image[1] * scale), 1)
+    return (size[1] - width) // 2, (size[0] - height) // 2, width, height
+
+
+def fit_boxes(boxes: Tensor, image: tuple[int, int], size: tuple[int, int], *, back: bool = False) -> Tensor:
+    """Boxes (..., 4) of an image (height, width), xyxy in pixels, as ``letterbox`` moves them; ``back`` undoes it."""
+    left, top, width, height = letterbox_place(image, size)
+    scale = boxes.new_tensor([width / image[1], height / image[0]] * 2)
+    shift = boxes.new_tensor([left, top] * 2)
+    return (boxes - shift) / scale if back else boxes * scale + shift
+
+
+def _framed(batch: Tensor, place: tuple[int, int, int, int], size: tuple[int, int], value: float) -> Tensor:
+    left, top, width, height = place
+    if tuple(batch.shape[-2:]) != (height, width):
+        batch = _resize(batch, (height, width))
+    border = (left, size[1] - width - left, top, size[0] - height - top)
+    return F.pad(batch, border, value=value) if any(border) else batch
+
+
 def pad_batch(images: Tensor | Sequence[Tensor], divisor: int) -> Tensor:
     """Images of any sizes to (N, C, H, W), zeros at the right and below; H and W are multiples of ``divisor``."""
     if isinstance(images, Tensor):

@@ -13,8 +13,8 @@ def match_default_boxes(iou: Tensor, threshold: float = 0.5) -> Tensor:
     overlaps most, if by more than ``threshold`` (arXiv:1512.02325, section 2.2).
 
     Where objects want the same default box, the larger overlap has it and the others take their next best: the greedy
-        order of the
-    authors' bipartite matching. Objects beyond the number of default boxes, or without any overlap, own none.
+    order of the authors' bipartite matching. Objects beyond the number of default boxes, or without any overlap, own
+    none.
     """
     objects, boxes = iou.shape
     if objects == 0 or boxes == 0:
