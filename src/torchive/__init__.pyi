@@ -130,6 +130,11 @@ from torchive.methods.classification.learn_to_pay_attention import foreground as
 from torchive.methods.classification.learn_to_pay_attention import pointing_hits as pointing_hits
 from torchive.methods.detection.faster_rcnn import FasterRCNN as FasterRCNN
 from torchive.methods.detection.ssd import SSD as SSD
+from torchive.methods.detection.yolov3 import Darknet53 as Darknet53
+from torchive.methods.detection.yolov3 import TinyDarknet as TinyDarknet
+from torchive.methods.detection.yolov3 import YOLOv3 as YOLOv3
+from torchive.methods.detection.yolov3 import read_darknet as read_darknet
+from torchive.methods.detection.yolov3 import write_darknet as write_darknet
 from torchive.methods.explanation.grad_cam import GradCAM as GradCAM
 from torchive.methods.explanation.grad_cam import TokenGrid as TokenGrid
 from torchive.methods.explanation.grad_cam import boxes_from_maps as boxes_from_maps
