@@ -20,7 +20,7 @@ def sample_set_info(name: str) -> SampleSetInfo:
     if name not in SAMPLE_SETS:
         close = get_close_matches(name, SAMPLE_SETS, n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(SAMPLE_SETS)}"
-        raise DataError(f"{name}: no such sample set{hint}")
+        raise DataError(f"{name}: no sample set of this name, and no such path{hint}")
     return SAMPLE_SETS[name]
 
 
