@@ -214,15 +214,18 @@ def test_a_dial_has_a_table_two_figures_and_links(tmp_path: Path) -> None:
     folders = [f"train.micro_batch={size}" for size in sizes]
     for size, name in zip(sizes, folders, strict=True):
         render_report(write(tmp_path / name, comparison(effect=0.1 / size - 0.012, noise=0.004)))
-    dial = {"schema": 1, "kind": "dial", "setting": "train.micro_batch", "values": sizes, "folders": folders}
+    long = "model.init_args.network.micro_batch"
+    dial = {"schema": 1, "kind": "dial", "setting": long, "values": sizes, "folders": folders}
     (tmp_path / "dial.json").write_text(json.dumps(dial), encoding="utf-8")
     page = render_report(tmp_path).read_text(encoding="utf-8")
     assert page.count('class="fig "') == 2
     for name in folders:
         assert f'href="{name}/report.html"' in page
+    assert "as micro_batch changes: " in text_of(page)
     assert "is better at 2 and 4" in text_of(page)
+    assert long not in text_of(page)  # a path would not fit a narrow page; the command tells it
     told = dial_text(tmp_path, tmp_path / "report.html")
-    assert all(word in told for word in ("train.micro_batch", "16", "better", "report.html"))
+    assert all(word in told for word in ("micro_batch", "16", "better", "report.html"))
 
 
 def test_the_terminal_says_the_same_as_the_page() -> None:

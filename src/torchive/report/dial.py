@@ -35,6 +35,15 @@ class DialSummary:
     sentence: str
     points: tuple[DialPoint, ...]
 
+    @property
+    def label(self) -> str:
+        """The setting's own name, without the path to it."""
+        return _label(self.setting)
+
+
+def _label(setting: str) -> str:
+    return setting.rpartition(".")[2]
+
 
 def summarise_dial(folder: Path) -> DialSummary:
     """Read a dial's folder; values without a finished pair are left out.
@@ -67,7 +76,7 @@ def _sentence(setting: str, points: Sequence[DialPoint]) -> str:
     }
     parts = [f"{words.get(verdict, 'the arms are identical')} at {_listed(values)}" for verdict, values in said.items()]
     name = points[0].record["data"]["name"]
-    return f"On the {name} data, by {metric.unit.label}, as {setting} changes: {'; '.join(parts)}."
+    return f"On the {name} data, by {metric.unit.label}, as {_label(setting)} changes: {'; '.join(parts)}."
 
 
 def _listed(values: Sequence[str]) -> str:
@@ -118,7 +127,7 @@ def _level_figure(dial: DialSummary) -> str:
         arms,
         unit="%" if unit.factor == 100 else "",
         factor=unit.factor,
-        x_label=dial.setting,
+        x_label=dial.label,
         at=dict(zip(xs, (str(p.value) for p in points), strict=True)),
         logarithmic_x=logarithmic,
     )

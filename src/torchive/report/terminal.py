@@ -33,7 +33,7 @@ def dial_text(folder: Path, report: Path) -> str:
     from torchive.report.dial import summarise_dial
 
     dial = summarise_dial(folder)
-    table = _table(dial.setting, "baseline", "method", "difference", "interval", "verdict")
+    table = _table(dial.label, "baseline", "method", "difference", "interval", "verdict")
     for point in dial.points:
         table.add_row(str(point.value), *_cells(point.summary.deciding, decides=True))
     return _text(["", table, _plain(dial.sentence), f"report: {_plain(str(report))}"])
