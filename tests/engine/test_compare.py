@@ -293,7 +293,7 @@ def test_a_planned_method_is_refused(recipe: str) -> None:
 def test_a_dial_compares_at_each_value(run: Callable[..., Comparison], tmp_path: Path) -> None:
     swept: Any = run(tmp_path / "d", dial="train.micro_batch=4,8", budget="3 steps")
     assert list(swept.comparisons) == ["4", "8"]
-    assert "train.micro_batch" in str(swept)
+    assert "as micro_batch changes" in str(swept)
     page = swept.report.read_text(encoding="utf-8")
     assert "train.micro_batch=4/report.html" in page
     whole = swept.comparisons["8"].record["runs"][0]["curves"]["loss"]

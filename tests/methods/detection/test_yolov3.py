@@ -297,7 +297,7 @@ def test_empty_and_crowded_images(count: int) -> None:
     none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     losses = net.losses([torch.rand(3, 64, 64), torch.rand(3, 64, 48)], [crowd, none])
     assert all(v.isfinite() for v in losses.values())
-    assert (float(losses["localisation"]) == 0) == (count == 0)
+    assert (losses["localisation"].item() == 0) == (count == 0)
     sum(losses.values()).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
 

@@ -109,7 +109,7 @@ class SlimConv(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(f"expected (N, {self.channels}, H, W), got shape {tuple(x.shape)}")
         norm = self.gate[1]
-        if len(x) == 1 and norm.training and isinstance(norm, nn.BatchNorm2d):
+        if norm.training and isinstance(norm, nn.BatchNorm2d) and x.shape[0] == 1:
             raise ValueError('expected a training batch of 2 or more, got 1; gate_norm="layer" takes it')
         weight = self.gate(x.mean((2, 3), keepdim=True))  # (N, C, 1, 1)
         top = fold_channels(x, weight, self.folds)  # (N, C / r, H, W)

@@ -45,9 +45,10 @@ class YOLOv3(nn.Module):
             ``torchive.ops.anchors.kmeans_anchors`` finds them for your boxes.
         widths: channels F of each scale's convolutions, finest first; half of Darknet's own width if None.
         coding: "logistic", the paper's; "linear" places; or "rcnn", offsets relative to the anchor under smooth L1.
-        ignore: overlap above which a prediction without an object counts for nothing: 0.5 in the paper, 0.7 in the
-            released configuration.
-        accept: overlap above which it learns the object instead; the paper's dual threshold, which did not help.
+        ignore_threshold: overlap above which a prediction without an object counts for nothing: 0.5 in the paper,
+            0.7 in the released configuration.
+        accept_threshold: overlap above which it learns the object instead; the paper's dual threshold, which did not
+            help.
         loss: of objectness logits and their truths, with ``reduction`` "none", such as ``FocalLoss``; binary
             cross-entropy if None.
         train_sizes: sides of which one is drawn for each batch of ``losses``; ``image_size`` if None. The release has
@@ -70,8 +71,8 @@ class YOLOv3(nn.Module):
         anchors: Shapes | None = None,
         widths: Sequence[int] | None = None,
         coding: Coding = "logistic",
-        ignore: float = 0.5,
-        accept: float | None = None,
+        ignore_threshold: float = 0.5,
+        accept_threshold: float | None = None,
         loss: nn.Module | None = None,
         train_sizes: Sequence[int] | None = None,
         prior: float | None = None,
@@ -101,7 +102,8 @@ class YOLOv3(nn.Module):
         if len(widths) != len(shapes):
             raise ValueError(f"expected {len(shapes)} widths, one for each map, got {list(widths)}")
         self.num_classes, self.in_channels, self.image_size = num_classes, in_channels, image_size
-        self.coding, self.ignore, self.accept, self.loss = coding, ignore, accept, loss
+        self.coding, self.loss = coding, loss
+        self.ignore_threshold, self.accept_threshold = ignore_threshold, accept_threshold
         self.train_sizes = tuple(train_sizes) if train_sizes is not None else None
         for k, shape in enumerate(shapes):
             self.register_buffer(f"shapes{k}", torch.tensor(shape, dtype=torch.float32), persistent=False)  # (B, 2)
@@ -143,7 +145,7 @@ class YOLOv3(nn.Module):
         with torch.no_grad():
             predicted = boxes_of(raw["deltas"].to(wide), raw["anchors"], raw["strides"], self.coding)
             matches = [
-                assign(found, box, index, ignore=self.ignore, accept=self.accept)
+                assign(found, box, index, ignore=self.ignore_threshold, accept=self.accept_threshold)
                 for found, box, index in zip(predicted, boxes, own, strict=True)
             ]
         labels = [target["labels"] for target in targets]
