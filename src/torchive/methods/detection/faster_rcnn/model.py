@@ -13,8 +13,8 @@ from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from torchive.methods.detection.faster_rcnn.decode import WEIGHTS, decode
-from torchive.methods.detection.faster_rcnn.features import Pyramid, SingleMap, VGGFeatures
 from torchive.methods.detection.faster_rcnn.rpn import ConditionedRPNHead, propose, rpn_loss
+from torchive.nn.pyramid import Pyramid, SingleMap, VGGFeatures
 from torchive.ops.anchors import cell_anchors, grid_anchors
 from torchive.ops.boxes import decode_boxes, encode_boxes
 from torchive.ops.images import check_images, check_targets, image_sizes, pad_batch

@@ -1,14 +1,15 @@
-"""Feature maps for Faster R-CNN: one map of stride 16, or a feature pyramid over any backbone."""
+"""Feature maps for detectors: one map of stride 16, or a feature pyramid over any backbone."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
-from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from torchive.nn.network import build_features
 from torchive.protocols import Level
@@ -58,22 +59,50 @@ class SingleMap(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """torchvision's feature pyramid over a backbone's maps of stride 4 and more, with one pooled map on top.
+    """torchvision's feature pyramid over a backbone's maps: images (N, C, H, W) to maps of C', finest first.
+
+    Lin et al., "Feature Pyramid Networks", CVPR 2017, arXiv:1612.03144.
+
+    Args:
+        backbone: ``timm/NAME``, ``torchvision/NAME`` or a module with ``levels``.
+        in_channels: C, for a named backbone.
+        channels: of every map.
+        finest: stride of the finest map that is taken; 4 for regions, 8 for dense detectors.
+        top: what stands on the coarsest map: "pool", one map of every other cell, as for region proposals;
+            "convolutions", two maps by convolutions of stride 2, as for dense detectors; or "none".
 
     Raises:
-        ValueError: the backbone has no map of stride 4 or more.
+        ValueError: the backbone has no map of stride ``finest`` or more, or another ``top``.
     """
 
-    def __init__(self, backbone: str | nn.Module, *, in_channels: int = 3, channels: int = 256) -> None:
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        *,
+        in_channels: int = 3,
+        channels: int = 256,
+        finest: int = 4,
+        top: Literal["pool", "convolutions", "none"] = "pool",
+    ) -> None:
         super().__init__()
+        if top not in ("pool", "convolutions", "none"):
+            raise ValueError(f"top must be pool, convolutions or none, got {top!r}")
         self.body = build_features(backbone, in_channels=in_channels)
         levels: Sequence[Level] = self.body.levels  # type: ignore[assignment]
-        self.kept = [k for k, level in enumerate(levels) if level.stride >= 4]
+        self.kept = [k for k, level in enumerate(levels) if level.stride >= finest]
         if not self.kept:
-            raise ValueError(f"a pyramid needs a map of stride 4 or more, the strides are {[v.stride for v in levels]}")
-        self.fpn = FeaturePyramidNetwork([levels[k].channels for k in self.kept], channels, LastLevelMaxPool())
+            raise ValueError(
+                f"a pyramid needs a map of stride {finest} or more, the strides are {[v.stride for v in levels]}"
+            )
+        extra = {
+            "pool": LastLevelMaxPool,
+            "convolutions": partial(LastLevelP6P7, channels, channels),
+            "none": lambda: None,
+        }[top]()
+        self.fpn = FeaturePyramidNetwork([levels[k].channels for k in self.kept], channels, extra)
         strides = [levels[k].stride for k in self.kept]
-        self.levels = tuple(Level(channels, stride) for stride in [*strides, 2 * strides[-1]])
+        strides += [strides[-1] * 2 ** (k + 1) for k in range({"pool": 1, "convolutions": 2, "none": 0}[top])]
+        self.levels = tuple(Level(channels, stride) for stride in strides)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         maps = self.body(x)
