@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from torchive.nn.passes import eval_mode
+from torchive.nn.passes import as_inputs, trial_pass
 
 
 @dataclass(frozen=True)
@@ -156,19 +156,20 @@ def observe(model: nn.Module, recorder_for: Callable[[Any], _R], example: Any = 
     first: Exception | None = None
     for candidate in [example] if example is not None else examples_of(model):
         recorder = recorder_for(candidate)
-        hooks = []
-        for module in model.modules():
-            hooks.append(module.register_forward_pre_hook(recorder.enter))
-            hooks.append(module.register_forward_hook(recorder.leave))
+        handles = (
+            handle
+            for module in model.modules()
+            for handle in (
+                module.register_forward_pre_hook(recorder.enter),
+                module.register_forward_hook(recorder.leave),
+            )
+        )
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad(), eval_mode(model), recorder:
-                model(*candidate) if isinstance(candidate, tuple) else model(candidate)
+            with torch.random.fork_rng(devices=[]), recorder:
+                trial_pass(model, as_inputs(model, candidate), handles)
             return recorder
         except Exception as error:
             first = first or error
-        finally:
-            for hook in hooks:
-                hook.remove()
     raise ValueError(
         f"no example input runs through {type(model).__name__}; pass example=. First error: {first}"
     ) from first

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchive.nn.passes import eval_mode
+from torchive.nn.passes import trial_pass
 from torchive.protocols import Backbone, Level
 
 
@@ -106,13 +106,8 @@ def _stride_ends(network: nn.Module) -> list[tuple[str, Level]]:
 
         return hook
 
-    hooks = [child.register_forward_hook(note(name)) for name, child in container.named_children()]
-    try:
-        with torch.no_grad(), eval_mode(network):
-            network(torch.zeros(1, channels, size, size))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    handles = (child.register_forward_hook(note(name)) for name, child in container.named_children())
+    trial_pass(network, (torch.zeros(1, channels, size, size),), handles)
     return [seen[stride] for stride in sorted(seen)]
 
 

@@ -1,13 +1,14 @@
-"""One pass of a network as it stands: in evaluation mode, on an input that it takes."""
+"""One pass of a network as it stands: in evaluation mode, on an input that it takes, watched by hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 _SIDES = {2: (64, 64), 3: (16, 64, 64)}
@@ -23,6 +24,24 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks for as long as it lasts; of handles that are made one by one none stays if one fails."""
+    kept: list[RemovableHandle] = []
+    try:
+        kept.extend(handles)
+        yield
+    finally:
+        for handle in kept:
+            handle.remove()
+
+
+def trial_pass(network: nn.Module, inputs: tuple[Any, ...], handles: Iterable[RemovableHandle]) -> Any:
+    """What the network gives for its arguments, without gradients and in evaluation mode, its hooks removed again."""
+    with hooked(handles), torch.no_grad(), eval_mode(network):
+        return network(*inputs)
 
 
 def as_inputs(network: nn.Module, example: Any = None, *, dims: Sequence[int] = (2,)) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchive.methods.backbones.san_self_attention.attention import PairwiseAttention, PatchwiseAttention
-from torchive.nn.passes import as_inputs, eval_mode
+from torchive.nn.passes import as_inputs, trial_pass
 from torchive.nn.rewriting import Rewriting
 
 LEAST_CHANNELS = 16  # a relation takes a sixteenth of them
@@ -92,16 +92,10 @@ def _called(network: nn.Module, example: Any) -> dict[str, torch.Size]:
 
         return hook
 
-    inputs = as_inputs(network, example)
-    hooks = [
+    handles = (
         module.register_forward_pre_hook(called(name))
         for name, module in network.named_modules()
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and name
-    ]
-    try:
-        with torch.no_grad(), eval_mode(network):
-            network(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )
+    trial_pass(network, as_inputs(network, example), handles)
     return shapes

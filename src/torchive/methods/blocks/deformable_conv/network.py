@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from torchive.methods.blocks.deformable_conv.convolution import DeformConv2d, Mode
-from torchive.nn.passes import as_inputs, eval_mode
+from torchive.nn.passes import as_inputs, trial_pass
 from torchive.nn.rewriting import Rewriting
 
 
@@ -89,6 +88,7 @@ def _refusal(module: nn.Module) -> str | None:
 
 def _places(network: nn.Module, example: Any) -> list[_Place]:
     """The convolutions with a window that one pass calls, in its order."""
+    inputs = as_inputs(network, example)
     places: dict[str, _Place] = {}
     outputs: dict[int, tuple[Tensor, str]] = {}  # the tensors are kept, so that their ids stay their own
 
@@ -103,22 +103,16 @@ def _places(network: nn.Module, example: Any) -> list[_Place]:
         if args and id(args[0]) in outputs:
             places[outputs[id(args[0])][1]].feeds_norm = True
 
-    inputs = as_inputs(network, example)
-    hooks = []
+    handles = []
     own = {id(m.offset) for m in network.modules() if isinstance(m, DeformConv2d)}  # deformable ones' offsets stay
     for name, module in network.named_modules():
         if id(module) in own:
             continue
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1 and name:
-            hooks.append(module.register_forward_hook(called(name)))
+            handles.append(module.register_forward_hook(called(name)))
         elif "Norm" in type(module).__name__:
-            hooks.append(module.register_forward_pre_hook(read))
-    try:
-        with torch.no_grad(), eval_mode(network):
-            network(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            handles.append(module.register_forward_pre_hook(read))
+    trial_pass(network, inputs, handles)
     return list(places.values())
 
 

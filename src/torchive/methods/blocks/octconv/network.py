@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from torchive.methods.blocks.octconv.convolution import OctaveConv
 from torchive.methods.blocks.octconv.pair import Octave, join_all
-from torchive.nn.passes import as_inputs, eval_mode
+from torchive.nn.passes import as_inputs, eval_mode, hooked
 from torchive.nn.rewriting import Rewriting
 
 Downsampling = Literal["pool", "strided"]
@@ -117,7 +116,8 @@ class _Plan:
 
             return hook
 
-        with _hooked((module, note(name)) for name, module in self.network.named_modules() if name):
+        named = ((name, module) for name, module in self.network.named_modules() if name)
+        with hooked(module.register_forward_hook(note(name)) for name, module in named):
             result = self.network(*inputs)
         kinds = {name for name, m in self.network.named_modules() if isinstance(m, nn.Conv2d | nn.Conv3d)}
         self.convolutions = [place for place in places if place.name in kinds]
@@ -145,7 +145,7 @@ class _Plan:
 
         chosen = {p.name: self.network.get_submodule(p.name) for p in self.convolutions if p.name not in self.kept}
         try:
-            with _hooked((module, note(name)) for name, module in chosen.items()):
+            with hooked(module.register_forward_hook(note(name)) for name, module in chosen.items()):
                 result = self.network(*inputs)
         except _AgainError:
             return False
@@ -224,16 +224,6 @@ def _last_stage(
     inside = [p.turn for p in places if p.name == stage or p.name.startswith(f"{stage}.")]
     begin = min(*inside, last.turn, convolutions[-1].turn)
     yield from (p.name for p in convolutions if p.turn >= begin)
-
-
-@contextmanager
-def _hooked(hooks: Any) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def oct_resnet(

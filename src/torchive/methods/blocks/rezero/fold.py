@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchive.methods.blocks.rezero.gate import ReZero
 from torchive.methods.blocks.rezero.transformer import ReZeroDecoderLayer, ReZeroEncoderLayer
+from torchive.nn.passes import as_inputs, trial_pass
 
 _LINEAR = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)
 
@@ -26,12 +27,8 @@ def fold(model: nn.Module, example: Any) -> nn.Module:
     copy = deepcopy(model).eval()
     branches = _branches(copy)
     seen: dict[nn.Module, Any] = {}
-    hooks = [b.register_forward_pre_hook(lambda m, a: seen.setdefault(m, a) and None) for b in branches.values()]
-    try:
-        copy(*example) if isinstance(example, tuple) else copy(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    handles = (b.register_forward_pre_hook(lambda m, a: seen.setdefault(m, a) and None) for b in branches.values())
+    trial_pass(copy, as_inputs(copy, example), handles)
     for gate, branch in branches.items():
         last = _last(branch)
         if branch in seen and last is not None and _is_linear(gate, branch, last, seen[branch]):

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from torchive.methods.blocks.slimconv.convolution import SlimConv
-from torchive.nn.passes import as_inputs, eval_mode
+from torchive.nn.passes import as_inputs, eval_mode, hooked
 from torchive.nn.rewriting import Rewriting
 
 
@@ -151,11 +151,11 @@ class _Flow:
     def watched(self) -> Iterator[None]:
         """While the network runs, note its steps."""
         stack: list[tuple[str, nn.Module]] = [("", self.network)]
-        hooks = []
+        handles = []
         for name, module in self.network.named_modules():
             if name:
-                hooks.append(module.register_forward_pre_hook(lambda m, _, n=name: stack.append((n, m))))
-                hooks.append(module.register_forward_hook(lambda *_: _drop(stack)))
+                handles.append(module.register_forward_pre_hook(lambda m, _, n=name: stack.append((n, m))))
+                handles.append(module.register_forward_hook(lambda *_: _drop(stack)))
         steps = self.steps
 
         class Watch(TorchFunctionMode):
@@ -168,12 +168,8 @@ class _Flow:
                     steps.append(_Step(func.__name__.strip("_"), *stack[-1], given, output))
                 return output
 
-        try:
-            with Watch():
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with hooked(handles), Watch():
+            yield
 
     def after(self, name: str) -> Iterator[_Step]:
         """The steps that a module's one output goes through, up to the next convolution or the first fork."""

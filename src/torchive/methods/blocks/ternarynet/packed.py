@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchive.methods.blocks.ternarynet.bits import as_map, as_words, ternary_products
 from torchive.methods.blocks.ternarynet.convolution import TernaryConv2d, TernaryConv3d, TernaryUnit, quantised
-from torchive.nn.passes import as_inputs, eval_mode
+from torchive.nn.passes import as_inputs, trial_pass
 
 GRAIN = 16  # pooled maps are multiples of 1/4, linearly upsampled ones of 1/16
 
@@ -228,7 +228,6 @@ class TernaryCost:
     word_operations: int
 
 
-@torch.no_grad()
 def ternary_cost(model: nn.Module, inputs: Any) -> TernaryCost:
     """Memory and operations of a network with ternary convolutions, for one input (or a tuple of them)."""
     totals = {"all": 0, "kept": 0, "words": 0}
@@ -244,13 +243,8 @@ def ternary_cost(model: nn.Module, inputs: Any) -> TernaryCost:
             totals["kept"] += done
 
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
-    hooks = [conv.register_forward_hook(count) for conv in convs]
-    try:
-        with eval_mode(model):
-            model(*as_inputs(model, inputs, dims=(2, 3)))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    handles = (conv.register_forward_hook(count) for conv in convs)
+    trial_pass(model, as_inputs(model, inputs, dims=(2, 3)), handles)
     tensors = [*model.parameters(), *model.buffers()]
     plain = sum(t.numel() * t.element_size() for t in tensors)
     weights = [m.weight for m in convs if _packs(m)]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchive.methods.blocks.ternarynet.activation import TernaryTanh, Variant
 from torchive.methods.blocks.ternarynet.convolution import Precision, TernaryConv2d, TernaryConv3d
-from torchive.nn.passes import as_inputs, eval_mode
+from torchive.nn.passes import as_inputs, trial_pass
 from torchive.nn.rewriting import Rewriting
 
 _ACTS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.SiLU)
@@ -105,14 +104,7 @@ def _look(
         return hook
 
     kinds = (*_CONVS, *_ACTS)
-    hooks = [
-        m.register_forward_hook(note(name)) for name, m in network.named_modules() if name and isinstance(m, kinds)
-    ]
-    try:
-        with torch.no_grad(), eval_mode(network):
-            result = network(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    named = ((name, m) for name, m in network.named_modules() if name and isinstance(m, kinds))
+    result = trial_pass(network, inputs, (m.register_forward_hook(note(name)) for name, m in named))
     leaves = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     return turns, single, {outputs[id(leaf)][1] for leaf in leaves if id(leaf) in outputs}, readers

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor
 
 from torchive.methods.detection.yolov3.loss import Coding
-from torchive.ops.boxes import decode_boxes, decode_cells
+from torchive.ops.boxes import clip_boxes, decode_boxes, decode_cells
 from torchive.ops.images import fit_boxes
 from torchive.structures import Detections
 
@@ -47,7 +47,7 @@ def decode(
         score, index = score[sure], index[sure]
         label = index % scores.shape[2] + 1
         box = fit_boxes(box[torch.div(index, scores.shape[2], rounding_mode="floor")], size, canvas, back=True)
-        box = torch.minimum(box.clamp(min=0), box.new_tensor([size[1], size[0]] * 2))
+        box = clip_boxes(box[None], box.new_tensor([size]))[0]
         real = (box[:, 2:] > box[:, :2]).all(1)  # a box may lie wholly in the frame
         box, score, label = box[real], score[real], label[real]
         kept = torchvision.ops.batched_nms(box, score, label, nms_threshold)[:max_detections]

@@ -141,7 +141,7 @@ class YOLOv3(nn.Module):
         raw, grids = self._raw(letterbox(inputs, canvas))
         wide = torch.promote_types(raw["deltas"].dtype, torch.float32)
         boxes = [fit_boxes(target["boxes"].to(wide), size, canvas) for target, size in zip(targets, sizes, strict=True)]
-        own = [owners(box, self.shapes, grids, self.strides) for box in boxes]
+        own = owners(torch.cat(boxes), self.shapes, grids, self.strides).split([len(box) for box in boxes])
         with torch.no_grad():
             predicted = boxes_of(raw["deltas"].to(wide), raw["anchors"], raw["strides"], self.coding)
             matches = [

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchive.nn.passes import eval_mode
+from torchive.nn.passes import trial_pass
 
 Inputs = Tensor | Sequence[Tensor]
 Layer = str | nn.Module
@@ -133,13 +133,8 @@ def last_spatial_layer(model: nn.Module, inputs: Inputs) -> str:
 
         return hook
 
-    hooks = [part.register_forward_hook(note(name)) for name, part in model.named_modules()]
-    try:
-        with eval_mode(model), torch.no_grad():
-            model(inputs[:1])
-    finally:
-        for hook in hooks:
-            hook.remove()
+    handles = (part.register_forward_hook(note(name)) for name, part in model.named_modules())
+    trial_pass(model, (inputs[:1],), handles)
     if not found:
         raise ValueError(f"no module returns a {wanted}-D tensor with more than one position; name a layer")
     if len(tokens) > 3:
