@@ -95,6 +95,53 @@ def pad_batch(images: Tensor | Sequence[Tensor], divisor: int) -> Tensor:
     return batch
 
 
+def batch_images(
+    images: Tensor | Sequence[Tensor], *, shorter: int | None = None, divisor: int = 32
+) -> tuple[Tensor, Tensor]:
+    """Images of any sizes to a padded batch (N, C, H, W), and their sizes (N, 2), height and width, in it.
+
+    Args:
+        images: a list of (C, H, W), or (N, C, H, W).
+        shorter: side to which the shorter one is resized, the longer at most 5/3 of it; as they are if None.
+        divisor: H and W are multiples of it.
+    """
+    if shorter is not None:
+        if isinstance(images, Tensor):
+            images = _resize_shorter(images, shorter)
+        else:
+            images = [_resize_shorter(image[None], shorter)[0] for image in images]
+    first = images if isinstance(images, Tensor) else images[0]
+    dtype = torch.promote_types(first.dtype, torch.float32)  # half precision does not hold pixel numbers
+    if isinstance(images, Tensor):
+        height, width = images.shape[2:]
+        sizes = torch.tensor([[height, width]], device=images.device, dtype=dtype).expand(images.shape[0], 2)
+    else:
+        sizes = torch.tensor(image_sizes(images), device=first.device, dtype=dtype)
+    return pad_batch(images, divisor), sizes
+
+
+def _resize_shorter(images: Tensor, side: int) -> Tensor:
+    short, long = min(images.shape[2:]), max(images.shape[2:])
+    scale = min(side / short, round(side * 5 / 3) / long)
+    if scale == 1:
+        return images
+    return F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False, recompute_scale_factor=True)
+
+
+def scale_targets(
+    targets: Sequence[dict[str, Tensor]], sizes: Tensor, originals: Sequence[tuple[int, int]]
+) -> list[dict[str, Tensor]]:
+    """Targets with their boxes moved from images of ``originals`` (height, width) to those of ``sizes`` (N, 2).
+
+    Everything else stays as it is; masks are read where they lie.
+    """
+    scaled = []
+    for target, size, original in zip(targets, sizes, originals, strict=True):
+        ratio = (size / size.new_tensor(original))[[1, 0, 1, 0]]
+        scaled.append({**target, "boxes": target["boxes"].to(sizes.dtype) * ratio})
+    return scaled
+
+
 def check_targets(targets: Sequence[dict[str, Tensor]], count: int, num_classes: int) -> None:
     """Refuse targets that do not fit: one dict per image, boxes (L, 4) with area, labels (L,) int64 from 1 to K.
 

@@ -16,7 +16,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from torchive.engine.export import OnnxModel, write_onnx
 from torchive.methods.detection.faster_rcnn import FasterRCNN
-from torchive.methods.detection.faster_rcnn.rpn import ConditionedRPNHead, propose, rpn_loss
+from torchive.nn.region_proposals import ConditionedRPNHead, propose, rpn_loss
 from torchive.ops.roi import pool_regions
 
 SIZES = [[8.0], [16.0], [32.0], [64.0], [128.0]]
@@ -96,17 +96,17 @@ def test_smooth_l1_has_a_bounded_continuous_gradient() -> None:
 def test_paper_defaults() -> None:
     net = FasterRCNN(hidden=8)
     assert net.strides == (16,)
-    assert len(net.cell0) == 9
-    area = (net.cell0[:, 2] - net.cell0[:, 0]) * (net.cell0[:, 3] - net.cell0[:, 1])
+    assert len(net.rpn.cell0) == 9
+    area = (net.rpn.cell0[:, 2] - net.rpn.cell0[:, 0]) * (net.rpn.cell0[:, 3] - net.rpn.cell0[:, 1])
     torch.testing.assert_close(area.sqrt(), torch.tensor([128.0, 256, 512]).repeat(3), rtol=0.01, atol=0)
     assert net.rpn.head.conv[0][0].out_channels == 512
     assert net.rpn.head.bbox_pred.out_channels == 36
     with torch.device("meta"):
         assert FasterRCNN().roi_heads.box_head.fc6.out_features == 4096
     assert net.roi_heads.box_predictor.bbox_pred.out_features == 4 * 21
-    assert (net.before_nms, net.after_nms, net.min_proposal) == ((12000, 6000), (2000, 300), 16.0)
-    assert net.ignore_crossing
-    assert net.rpn_normalisation == "paper"
+    assert (net.rpn.before_nms, net.rpn.after_nms, net.rpn.min_proposal) == ((12000, 6000), (2000, 300), 16.0)
+    assert net.rpn.ignore_crossing
+    assert net.rpn.normalisation == "paper"
 
 
 class Named(nn.Module):
@@ -192,7 +192,7 @@ def test_crossing_anchors_are_ignored_and_each_object_keeps_one() -> None:
     anchors = raw["anchors"]
     target = {"boxes": torch.tensor([[3.0, 4, 30, 36], [60, 60, 120, 110]]), "labels": torch.tensor([1, 2])}
     empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    labels, _ = net.assign(anchors, [target, empty], torch.tensor([[128.0, 128.0]] * 2))
+    labels, _ = net.rpn.assign(anchors, [target, empty], torch.tensor([[128.0, 128.0]] * 2))
     crossing = (anchors.amin(1) < 0) | (anchors.amax(1) > 128)
     assert crossing.any()
     assert (labels[0][crossing] == -1).all()

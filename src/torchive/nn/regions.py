@@ -1,0 +1,185 @@
+"""The second stage of a detector: which proposals learn what, their pooled features, scores, offsets and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, Matcher
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import box_iou
+
+from torchive.ops.boxes import clip_boxes, decode_boxes, encode_boxes
+from torchive.ops.roi import pool_regions
+from torchive.ops.suppression import best_detections
+from torchive.structures import Detections
+
+#: Weights of a second stage's box code, the inverse of its standard deviations 0.1 and 0.2.
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """R sampled regions of a batch, image by image.
+
+    ``boxes`` (R, 4), ``image`` (R,) the number of their image, ``labels`` (R,) 0 for background, ``matched`` (R,) the
+    row of the image's target and ``truth`` (R, 4) its box, of an image without boxes row 0 and zeros.
+    """
+
+    boxes: Tensor
+    image: Tensor
+    labels: Tensor
+    matched: Tensor
+    truth: Tensor
+
+
+def sample_regions(
+    proposals: Sequence[Tensor],
+    targets: Sequence[dict[str, Tensor]],
+    *,
+    threshold: float = 0.5,
+    count: int = 512,
+    positives: float = 0.25,
+) -> Regions:
+    """Proposals of each image drawn for training, its own boxes among them; torchvision's matcher and sampler.
+
+    Args:
+        proposals: (P, 4) of each image.
+        targets: dicts with ``boxes`` (L, 4) and ``labels`` (L,).
+        threshold: overlap from which a proposal has its best box's label; below it is background.
+        count: regions of an image at most.
+        positives: share of ``count`` that may be positive.
+    """
+    matcher = Matcher(threshold, threshold, allow_low_quality_matches=False)
+    sampler = BalancedPositiveNegativeSampler(count, positives)
+    parts = []
+    for k, (proposal, target) in enumerate(zip(proposals, targets, strict=True)):
+        own = target["boxes"].to(proposal)
+        box = torch.cat([proposal.detach(), own])
+        matched = torch.zeros_like(box[:, 0], dtype=torch.int64)
+        label, truth = torch.zeros_like(matched), torch.zeros_like(box)
+        if len(own) and len(box):
+            found = matcher(box_iou(own, box))
+            matched = found.clamp(min=0)
+            label, truth = target["labels"][matched].masked_fill(found < 0, 0), own[matched]
+        positive, negative = sampler([label])
+        drawn = torch.nonzero(positive[0] | negative[0])[:, 0]
+        parts.append((box[drawn], torch.full_like(drawn, k), label[drawn], matched[drawn], truth[drawn]))
+    return Regions(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def region_loss(
+    logits: Tensor,
+    deltas: Tensor,
+    regions: Regions,
+    *,
+    boxes: Tensor | None = None,
+    weights: tuple[float, float, float, float] = WEIGHTS,
+    classification: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> tuple[Tensor, Tensor]:
+    """Loss of the class scores, and smooth L1 (beta 1/9) of the positive regions' offsets over all R regions.
+
+    Args:
+        logits: (R, K + 1), background first.
+        deltas: (R, 4 (K + 1)), or (R, 4) where the classes share them.
+        regions: as of ``sample_regions``.
+        boxes: (R, 4), what the offsets are relative to, if not the regions' own; gradients flow into them.
+        weights: of the box code.
+        classification: of logits and labels, to a scalar.
+    """
+    labels = regions.labels
+    positive = torch.nonzero(labels > 0)[:, 0]
+    reference = regions.boxes if boxes is None else boxes
+    code = encode_boxes(regions.truth[positive].to(reference), reference[positive], weights)
+    rows = deltas.unflatten(1, (-1, 4))[positive]  # (P, K + 1, 4)
+    column = labels[positive] if rows.shape[1] > 1 else torch.zeros_like(positive)
+    found = rows[torch.arange(len(positive), device=labels.device), column]
+    offsets = F.smooth_l1_loss(found, code.to(found), beta=1 / 9, reduction="sum") / max(len(labels), 1)
+    score = classification(logits, labels) if len(labels) else logits.sum() * 0
+    return score, offsets
+
+
+class RegionStage(nn.Module):
+    """Pooled features of regions to class scores and offsets: RoIAlign, two layers, two outputs.
+
+    Args:
+        channels: C of the maps.
+        num_classes: K.
+        hidden: of the two layers.
+        size: side of the pooled features.
+        box_head: pooled features (R, C, size, size) to (R, hidden); two layers if None.
+        box_predictor: of these to logits (R, K + 1) and deltas (R, 4 (K + 1)); two linear layers if None.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        hidden: int = 1024,
+        size: int = 7,
+        box_head: nn.Module | None = None,
+        box_predictor: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.box_head = box_head if box_head is not None else TwoMLPHead(channels * size**2, hidden)
+        self.box_predictor = box_predictor if box_predictor is not None else FastRCNNPredictor(hidden, num_classes + 1)
+
+    def forward(
+        self, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, image: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and deltas of boxes (R, 4), in pixels of the batch, on the images ``image`` (R,)."""
+        logits, deltas = self.box_predictor(self.box_head(pool_regions(maps, strides, boxes, image, size=self.size)))
+        return logits, deltas
+
+
+def image_of(proposals: Tensor) -> Tensor:
+    """Number of the image (N P,) of each row of proposals (N, P, 4)."""
+    images, count = proposals.shape[:2]
+    return torch.arange(images, device=proposals.device)[:, None].expand(images, count).flatten()
+
+
+def decode_regions(
+    raw: dict[str, Tensor],
+    image_sizes: Sequence[tuple[int, int]],
+    *,
+    score_threshold: float = 0.05,
+    nms_threshold: float = 0.5,
+    max_detections: int = 100,
+    weights: tuple[float, float, float, float] = WEIGHTS,
+) -> list[Detections]:
+    """One ``Detections`` per image, boxes in pixels of ``image_sizes`` (height, width); suppression within each class.
+
+    Args:
+        raw: ``proposals`` (N, P, 4), ``proposal_scores`` (N, P), negative where a row is empty, ``sizes`` (N, 2), and
+            of a second stage ``class_logits`` (N, P, K + 1) and ``box_deltas`` (N, P, 4 (K + 1)) or (N, P, 4). Without
+            it the proposals are the detections, of class 1, scored by their objectness.
+        image_sizes: of the images that went in.
+        score_threshold, nms_threshold, max_detections: as of ``best_detections``.
+        weights: of the box code.
+    """
+    proposals, valid = raw["proposals"].float(), raw["proposal_scores"] >= 0  # (N, P, 4), (N, P)
+    if "class_logits" in raw:
+        scores = raw["class_logits"].float().softmax(-1)[..., 1:]  # (N, P, K)
+        deltas = raw["box_deltas"].float().unflatten(2, (-1, 4))
+        deltas = deltas[:, :, 1:] if deltas.shape[2] > 1 else deltas
+        boxes = clip_boxes(decode_boxes(deltas, proposals[:, :, None], weights), raw["sizes"])
+    else:
+        scores, boxes = raw["proposal_scores"].float()[..., None], proposals[:, :, None]
+    scores = torch.where(valid[..., None], scores, -1)
+    found = []
+    for box, score, size, (height, width) in zip(boxes, scores, raw["sizes"], image_sizes, strict=True):
+        kept, label, sure, _ = best_detections(
+            box,
+            score,
+            score_threshold=score_threshold,
+            nms_threshold=nms_threshold,
+            max_detections=max_detections,
+        )
+        scale = (kept.new_tensor([height, width]) / size.to(kept.dtype))[[1, 0, 1, 0]]
+        found.append(Detections(kept * scale, label, sure))
+    return found
