@@ -9,15 +9,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
-from torchvision.ops import box_iou
 
-from torchive.methods.detection.ssd.decode import decode
-from torchive.methods.detection.ssd.loss import multibox_loss
-from torchive.methods.detection.ssd.sources import PyramidSources, VGGSources
+from torchive.nn.multibox import decode_multibox, match_targets, multibox_loss, source_shapes
+from torchive.nn.multibox_sources import PyramidSources, VGGSources
 from torchive.nn.prior import init_classifier
-from torchive.ops.anchors import default_boxes, default_scales, default_shapes
+from torchive.ops.anchors import default_boxes
 from torchive.ops.images import check_images, check_targets, image_sizes, stack_resized
-from torchive.ops.matching import match_default_boxes
 from torchive.structures import Detections
 
 TORCHVISION_SCALES = (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05)
@@ -138,21 +135,13 @@ class SSD(nn.Module):
         sizes = image_sizes(inputs)
         check_targets(targets, len(sizes), self.num_classes)
         raw = self(self._resize(inputs))
-        matches, boxes, start = [], [], 0
-        for target, (height, width) in zip(targets, sizes, strict=True):
-            box = target["boxes"].float() / target["boxes"].new_tensor(
-                [width, height, width, height], dtype=torch.float32
-            )
-            match = match_default_boxes(box_iou(box, raw["anchors"]), self.iou_threshold)
-            matches.append(torch.where(match >= 0, match + start, match))
-            boxes.append(box)
-            start += len(box)
+        matches, boxes = match_targets(raw["anchors"], sizes, targets, self.iou_threshold)
         return multibox_loss(
             raw["logits"],
             raw["deltas"],
             raw["anchors"],
-            torch.stack(matches),
-            torch.cat(boxes),
+            matches,
+            boxes,
             torch.cat([target["labels"] for target in targets]),
             mode=self.classification,
             mining_ratio=self.mining_ratio,
@@ -164,7 +153,7 @@ class SSD(nn.Module):
         self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
     ) -> list[Detections]:
         """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
-        return decode(raw, image_sizes, mode=self.classification, **options)
+        return decode_multibox(raw, image_sizes, mode=self.classification, **options)
 
     def predict(
         self,
@@ -191,11 +180,8 @@ class SSD(nn.Module):
 
 
 def _shapes(count: int, default_box_set: str) -> list[list[tuple[float, float]]]:
-    """Shapes of each source's default boxes: ratio 3 only between the first source and the last two."""
-    wide = range(1, max(count - 2, 2)) if count > 1 else range(1)
-    ratios = [(2.0, 3.0) if k in wide else (2.0,) for k in range(count)]
-    scales = default_scales(count) if default_box_set == "paper" else list(TORCHVISION_SCALES)
-    shapes = [default_shapes(scales[k], scales[k + 1], ratios[k]) for k in range(count)]
-    if default_box_set == "torchvision":
-        shapes = [[(min(w, 1.0), min(h, 1.0)) for w, h in shape] for shape in shapes]
-    return shapes
+    """Shapes of each source's default boxes."""
+    if default_box_set == "paper":
+        return source_shapes(count)
+    shapes = source_shapes(count, TORCHVISION_SCALES)
+    return [[(min(w, 1.0), min(h, 1.0)) for w, h in shape] for shape in shapes]

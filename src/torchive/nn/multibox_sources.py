@@ -1,4 +1,4 @@
-"""The maps that SSD reads: VGG-16 with the paper's extra layers, or any backbone with as many as its size needs."""
+"""The maps under default boxes: VGG-16 with SSD's extra layers, or any backbone with as many as its size needs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class PyramidSources(nn.Module):
         self.kept = [k for k, level in enumerate(levels) if level.stride >= 8]
         if not self.kept:
             raise ValueError(
-                f"SSD needs a map of stride 8 or more, the backbone's strides are {[v.stride for v in levels]}"
+                f"default boxes need a map of stride 8 or more, the backbone's strides are {[v.stride for v in levels]}"
             )
         channels = [levels[k].channels for k in self.kept]
         cells = -(-image_size // levels[-1].stride)

@@ -1,0 +1,182 @@
+"""Default boxes over several maps: shapes, matching, loss and decoding of SSD, for all detectors that stand on it.
+
+Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, arXiv:1512.02325. N images, A default boxes, K classes
+without background; boxes are in fractions of the image until they are decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.ops import box_iou
+
+from torchive.ops.anchors import default_scales, default_shapes
+from torchive.ops.boxes import decode_boxes, encode_boxes
+from torchive.ops.matching import hard_negatives, match_default_boxes
+from torchive.structures import Detections
+
+Mode = Literal["softmax", "sigmoid"]
+
+#: Variances 0.1 and 0.2 as weights of the code.
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+def source_shapes(sources: int, scales: Sequence[float] | None = None) -> list[list[tuple[float, float]]]:
+    """Width and height of the default boxes of a cell, for each source: ratio 3 only between the first source and the
+    last two.
+
+    Args:
+        sources: how many maps there are.
+        scales: one more than there are sources; the paper's if None.
+    """
+    wide = range(1, max(sources - 2, 2)) if sources > 1 else range(1)
+    ratios = [(2.0, 3.0) if k in wide else (2.0,) for k in range(sources)]
+    scales = default_scales(sources) if scales is None else scales
+    return [default_shapes(scales[k], scales[k + 1], ratios[k]) for k in range(sources)]
+
+
+def match_targets(
+    anchors: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    targets: Sequence[dict[str, Tensor]],
+    iou_threshold: float = 0.5,
+) -> tuple[Tensor, Tensor]:
+    """SSD's matching of a batch.
+
+    Args:
+        anchors: (A, 4) in fractions of the image.
+        sizes: height and width of each image.
+        targets: ``boxes`` in pixels of these images.
+        iou_threshold: a default box overlapping an object by more is positive.
+
+    Returns:
+        Row (N, A) of each default box's object among those of the whole batch, -1 for background; and the boxes (L, 4)
+        of the batch in fractions.
+    """
+    matches, boxes, start = [], [], 0
+    for target, (height, width) in zip(targets, sizes, strict=True):
+        box = target["boxes"].float() / target["boxes"].new_tensor([width, height] * 2, dtype=torch.float32)
+        match = match_default_boxes(box_iou(box, anchors), iou_threshold)
+        matches.append(torch.where(match >= 0, match + start, match))
+        boxes.append(box)
+        start += len(box)
+    return torch.stack(matches), torch.cat(boxes)
+
+
+def confidence_loss(logits: Tensor, labels: Tensor, mode: Mode, loss: nn.Module | None = None) -> Tensor:
+    """What each default box costs, (N, A), for labels 0 (background) to K.
+
+    ``softmax``: cross-entropy of (N, A, K + 1) logits. ``sigmoid``: the sum of K binary cross-entropies of (N, A, K)
+    logits, or of what ``loss`` gives for these logits and their truths.
+    """
+    if mode == "softmax":
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    truth = F.one_hot(labels, logits.shape[-1] + 1)[..., 1:].to(logits.dtype)
+    if loss is not None:
+        each: Tensor = loss(logits, truth)
+        return each.sum(-1)
+    return F.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(-1)
+
+
+def classification_loss(
+    logits: Tensor,
+    matches: Tensor,
+    labels: Tensor,
+    *,
+    mode: Mode = "softmax",
+    mining_ratio: float | None = 3.0,
+    loss: nn.Module | None = None,
+) -> Tensor:
+    """The sum of the confidence losses of the positives and the mined negatives over the number of positives.
+
+    Zero, with a gradient, where nothing is matched. Arguments as of ``multibox_loss``.
+    """
+    positive = matches >= 0  # (N, A)
+    target = matches.new_zeros(matches.shape)
+    target[positive] = labels[matches[positive]]
+    confidence = confidence_loss(logits, target, mode, loss)  # (N, A)
+    negative = ~positive if mining_ratio is None else hard_negatives(confidence, positive, mining_ratio)
+    return (confidence * (positive | negative)).sum() * per_positive(positive, confidence.dtype)
+
+
+def per_positive(positive: Tensor, dtype: torch.dtype) -> Tensor:
+    """One over the number of positives, and zero where there is none."""
+    count = positive.sum()
+    return (count > 0).to(dtype) / count.clamp(min=1)
+
+
+def multibox_loss(
+    logits: Tensor,
+    deltas: Tensor,
+    anchors: Tensor,
+    matches: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    *,
+    mode: Mode = "softmax",
+    mining_ratio: float | None = 3.0,
+    alpha: float = 1.0,
+    loss: nn.Module | None = None,
+) -> dict[str, Tensor]:
+    """``classification`` and ``localisation``, both over the number of matched default boxes of the batch.
+
+    Args:
+        logits: (N, A, K + 1), or (N, A, K) with sigmoids.
+        deltas: (N, A, 4).
+        anchors: (A, 4) in the units of ``boxes``.
+        matches: (N, A), row of ``boxes`` of each default box, -1 for background.
+        boxes, labels: (L, 4) and (L,) of the whole batch.
+        mode: one softmax or K sigmoids.
+        mining_ratio: hardest negatives for each positive; None counts all negatives.
+        alpha: weight of the localisation.
+        loss: of sigmoid logits and truths, instead of binary cross-entropy.
+    """
+    positive = matches >= 0  # (N, A)
+    rows = torch.nonzero(positive)  # (P, 2)
+    code = encode_boxes(boxes[matches[positive]].to(deltas.dtype), anchors[rows[:, 1]], WEIGHTS)
+    localisation = F.smooth_l1_loss(deltas[positive], code, reduction="sum")
+    return {
+        "classification": classification_loss(logits, matches, labels, mode=mode, mining_ratio=mining_ratio, loss=loss),
+        "localisation": alpha * localisation * per_positive(positive, localisation.dtype),
+    }
+
+
+def decode_multibox(
+    raw: dict[str, Tensor],
+    image_sizes: Sequence[tuple[int, int]],
+    *,
+    mode: Mode = "softmax",
+    score_threshold: float = 0.01,
+    candidates: int = 400,
+    nms_threshold: float = 0.45,
+    max_detections: int = 200,
+) -> list[Detections]:
+    """One ``Detections`` per image, boxes in pixels of ``image_sizes`` (height, width).
+
+    For each class the ``candidates`` best scores above the threshold; suppression within each class; the best of all
+    classes.
+
+    Args:
+        raw: ``logits`` and ``deltas`` as of ``multibox_loss``, ``anchors`` (A, 4) in fractions of the image.
+        image_sizes: of the images that went in.
+        mode: one softmax or K sigmoids.
+        score_threshold, candidates, nms_threshold, max_detections: as above.
+    """
+    boxes = decode_boxes(raw["deltas"].float(), raw["anchors"].float(), WEIGHTS).clamp(0, 1)  # (N, A, 4), fractions
+    logits = raw["logits"].float()
+    scores = logits.softmax(-1)[..., 1:] if mode == "softmax" else logits.sigmoid()  # (N, A, K)
+    best, where = scores.transpose(1, 2).topk(min(candidates, scores.shape[1]), dim=2)  # (N, K, candidates)
+    labels = torch.arange(1, scores.shape[2] + 1, device=scores.device)[:, None].expand(best.shape[1:])
+    found = []
+    for box, score, index, (height, width) in zip(boxes, best, where, image_sizes, strict=True):
+        sure = score > score_threshold
+        box = box[index[sure]] * box.new_tensor([width, height, width, height])
+        score, label = score[sure], labels[sure]
+        kept = torchvision.ops.batched_nms(box, score, label, nms_threshold)[:max_detections]
+        found.append(Detections(box[kept], label[kept], score[kept]))
+    return found
