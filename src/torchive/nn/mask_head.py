@@ -1,0 +1,91 @@
+"""The mask branch of a second stage: pooled regions to a mask of each class, its targets and its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+
+from torchive.nn.regions import Regions
+from torchive.ops.masks import crop_masks
+from torchive.ops.roi import pool_regions
+
+
+class MaskHead(nn.Module):
+    """Mask R-CNN's branch: RoIAlign, convolutions, a transposed one, logits of a mask for each class.
+
+    He et al., "Mask R-CNN", ICCV 2017, arXiv:1703.06870, figure 4. The layers are torchvision's; a mask of label k is
+    channel k - 1, since the background has none.
+
+    Args:
+        channels: C of the maps.
+        num_classes: K.
+        width: of the convolutions.
+        depth: their number.
+        size: side of the pooled features, half of the mask's.
+    """
+
+    def __init__(self, channels: int, num_classes: int, *, width: int = 256, depth: int = 4, size: int = 14) -> None:
+        super().__init__()
+        self.size = size
+        self.mask_head = MaskRCNNHeads(channels, (width,) * depth, 1)
+        self.mask_predictor = MaskRCNNPredictor(width, width, num_classes)
+
+    def forward(self, maps: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, image: Tensor) -> Tensor:
+        """Logits (R, K, 2 size, 2 size) of boxes (R, 4), in pixels of the batch, on the images ``image`` (R,)."""
+        logits: Tensor = self.mask_predictor(self.mask_head(pool_regions(maps, strides, boxes, image, size=self.size)))
+        return logits
+
+
+def positive_regions(regions: Regions) -> Regions:
+    """The regions that have an object."""
+    rows = torch.nonzero(regions.labels > 0)[:, 0]
+    return Regions(*(getattr(regions, name)[rows] for name in ("boxes", "image", "labels", "matched", "truth")))
+
+
+def mask_targets(
+    regions: Regions,
+    targets: Sequence[dict[str, Tensor]],
+    sizes: Tensor,
+    originals: Sequence[tuple[int, int]],
+    size: int,
+) -> Tensor:
+    """What the masks (R, size, size) of regions with objects are to be, each in its own box.
+
+    Args:
+        regions: as of ``positive_regions``, image by image, in pixels of the batch.
+        targets: with ``masks`` (L, H, W) in pixels of ``originals`` (height, width).
+        sizes: (N, 2), height and width of the images in the batch.
+        originals: of the images that went in.
+        size: side of the masks.
+    """
+    parts = [regions.boxes.new_zeros(0, size, size)]
+    for k, (target, original) in enumerate(zip(targets, originals, strict=True)):
+        rows = torch.nonzero(regions.image == k)[:, 0]
+        scale = (sizes.new_tensor(original) / sizes[k])[[1, 0, 1, 0]]
+        parts.append(crop_masks(target["masks"], regions.matched[rows], regions.boxes[rows] * scale, size))
+    return torch.cat(parts)
+
+
+def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of each region's own class, the mean over regions and pixels; zero without regions.
+
+    Args:
+        logits: (R, K, S, S), or (R, 1, S, S) where the classes share one mask.
+        labels: (R,), from 1 to K.
+        targets: (R, S, S) in [0, 1].
+    """
+    if not len(labels):
+        return logits.sum() * 0
+    return F.binary_cross_entropy_with_logits(of_label(logits, labels), targets.to(logits.dtype))
+
+
+def of_label(masks: Tensor, labels: Tensor) -> Tensor:
+    """The mask (R, S, S) of each row's label, from 1 to K, out of masks (R, K, S, S)."""
+    if masks.shape[1] == 1:
+        return masks[:, 0]
+    place = (labels - 1).clamp(min=0)[:, None, None, None].expand(-1, 1, *masks.shape[2:])
+    return masks.gather(1, place)[:, 0]

@@ -1,0 +1,114 @@
+"""Masks of objects: crops for regions, pasting to the image, and the class of each pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+#: Class of a pixel that counts nowhere.
+IGNORED = 255
+_CHUNK = 2**25  # values that are pasted at a time
+
+
+def check_masks(targets: Sequence[dict[str, Tensor]], originals: Sequence[tuple[int, int]]) -> None:
+    """Refuse targets without a mask (H, W) for each box, or with a ``semantic`` map of another size.
+
+    Raises:
+        ValueError: naming the image, the shape expected and the shape received.
+    """
+    for k, (target, (height, width)) in enumerate(zip(targets, originals, strict=True)):
+        if "masks" not in target:
+            raise ValueError(f"target {k}: expected masks beside the boxes, got {', '.join(target)}")
+        expected = (len(target["boxes"]), height, width)
+        if tuple(target["masks"].shape) != expected:
+            raise ValueError(f"target {k}: expected masks {expected}, got {tuple(target['masks'].shape)}")
+        semantic = target.get("semantic")
+        if semantic is not None and tuple(semantic.shape) != expected[1:]:
+            raise ValueError(f"target {k}: expected a semantic map {expected[1:]}, got {tuple(semantic.shape)}")
+
+
+def crop_masks(masks: Tensor, index: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """The part (R, size, size) of the masks ``masks[index]`` that boxes (R, 4) cover; shares of a cell, as torchvision.
+
+    Args:
+        masks: (L, H, W), 0 or 1.
+        index: (R,), the mask of each box.
+        boxes: in pixels of the masks.
+        size: side of the crops.
+    """
+    if not len(boxes):
+        return boxes.new_zeros(0, size, size)
+    used, row = index.unique(return_inverse=True)  # of a thousand objects few have a region
+    regions = torch.cat([row[:, None].to(boxes.dtype), boxes], 1)
+    return roi_align(masks[used, None].to(boxes.dtype), regions, size, 1.0)[:, 0]
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], *, threshold: float = 0.5) -> Tensor:
+    """Masks (D, S, S) of boxes (D, 4) as they lie in an image of ``size``: (D, H, W) bool, values above ``threshold``.
+
+    Bilinear, zero outside the box's cells, at the centres of the pixels. Both axes are interpolated on their own, by a
+    matrix product each.
+    """
+    height, width = size
+    pasted = torch.empty(len(boxes), height, width, dtype=torch.bool, device=masks.device)
+    wide = masks.to(torch.promote_types(masks.dtype, torch.float32))
+    boxes = boxes.to(wide.dtype)
+    step = max(_CHUNK // max(height * width, 1), 1)
+    for start in range(0, len(boxes), step):
+        part, box = wide[start : start + step], boxes[start : start + step]
+        rows = _hat(box[:, 1], box[:, 3], height, part.shape[1])  # (D, H, S)
+        columns = _hat(box[:, 0], box[:, 2], width, part.shape[2])  # (D, W, S)
+        torch.gt(rows @ part @ columns.mT, threshold, out=pasted[start : start + step])
+    return pasted
+
+
+def class_map(target: dict[str, Tensor], size: Sequence[int]) -> Tensor:
+    """Masks (L, H, W) with labels (L,) from 1 as one map (H, W) of classes, 0 elsewhere; the later lies on top."""
+    masks, labels = target["masks"], target["labels"]
+    if not len(masks):
+        return torch.zeros(*size, dtype=torch.int64, device=masks.device)
+    last = masks.bool().flip(0)
+    return torch.where(last.any(0), labels.flip(0)[last.to(torch.uint8).argmax(0)], 0)
+
+
+def semantic_targets(
+    targets: Sequence[dict[str, Tensor]],
+    sizes: Tensor,
+    originals: Sequence[tuple[int, int]],
+    grid: Sequence[int],
+    stride: int,
+) -> Tensor:
+    """The class (N, *grid) at the centre of each cell of a batch, 255 outside the image.
+
+    Read from ``target["semantic"]`` (H, W); where that is missing, the things' masks with background 0.
+
+    Args:
+        targets: as they come, in pixels of ``originals`` (height, width).
+        sizes: (N, 2), height and width of the images in the batch.
+        originals: height and width of each image.
+        grid: rows and columns of cells.
+        stride: side of a cell in pixels of the batch.
+    """
+    found = torch.full((len(targets), *grid), IGNORED, dtype=torch.int64, device=sizes.device)
+    for k, (target, size, original) in enumerate(zip(targets, sizes, originals, strict=True)):
+        classes = target["semantic"] if "semantic" in target else class_map(target, original)
+        places = []
+        for axis in range(2):
+            centre = (torch.arange(grid[axis], device=sizes.device, dtype=sizes.dtype) + 0.5) * stride
+            inside = centre[centre < size[axis]] * (original[axis] / size[axis])
+            places.append(inside.long().clamp(max=original[axis] - 1))
+        y, x = places
+        found[k, : len(y), : len(x)] = classes.to(sizes.device)[y[:, None], x]
+    return found
+
+
+def _hat(low: Tensor, high: Tensor, length: int, cells: int) -> Tensor:
+    """Bilinear weights (D, length, cells) of the cells between ``low`` and ``high`` (D,) at each pixel's centre."""
+    pixel = torch.arange(length, device=low.device, dtype=low.dtype) + 0.5
+    extent = (high - low).clamp(min=1e-6)[:, None]
+    place = (pixel - low[:, None]) / extent * cells - 0.5  # (D, length), in cells
+    cell = torch.arange(cells, device=low.device, dtype=low.dtype)
+    return (1 - (place[..., None] - cell).abs()).clamp(min=0)
