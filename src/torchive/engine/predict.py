@@ -5,7 +5,7 @@
 - classification: ``label`` (index), ``class``, ``score``, ``scores`` (class to score);
 - detection: ``objects``, each with ``box`` (x0, y0, x1, y1 in pixels of the source), ``label`` (from 1), ``class``,
   ``score``, and ``mask`` where the model gives one (``size`` and ``counts``: run lengths down the columns, the first
-  of zeros, as in COCO);
+  of zeros, as in COCO) and ``keypoints`` (a list of x, y) where the model gives them;
 - segmentation: ``shares`` (class to share of the pixels) and ``mask``, a PNG beside it that holds the class indices.
 
 ``predictions.json`` lists all of them, and the images that could not be read.
@@ -148,7 +148,9 @@ def _to_source(found: Prediction, size: Sequence[int], source: Sequence[int]) ->
     masks = found.masks
     if masks is not None:
         masks = F.interpolate(masks[:, None].float(), size=(height, width), mode="bilinear")[:, 0] >= 0.5
-    return Detections((found.boxes * factor).clamp_min(0).minimum(limit), found.labels, found.scores, masks)
+    boxes = (found.boxes * factor).clamp_min(0).minimum(limit)
+    points = None if found.keypoints is None else found.keypoints * factor[:2]
+    return Detections(boxes, found.labels, found.scores, masks, points)
 
 
 def _found(sources: Sequence[str], out: Path, result: Predicted, progress: bool) -> Iterator[tuple[Path, Path]]:
@@ -238,6 +240,8 @@ def _values(found: Prediction, classes: Sequence[str]) -> dict[str, Any]:
         entry["score"] = round(score, 6)
         if found.masks is not None:
             entry["mask"] = run_lengths(found.masks[index])
+        if found.keypoints is not None:
+            entry["keypoints"] = [[round(side, 2) for side in point] for point in found.keypoints[index].tolist()]
         objects.append(entry)
     return {"objects": objects}
 

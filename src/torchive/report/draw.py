@@ -59,6 +59,7 @@ def draw_prediction(
             classes,
             scores=prediction.scores[kept],
             masks=None if prediction.masks is None else prediction.masks[kept],
+            keypoints=None if prediction.keypoints is None else prediction.keypoints[kept],
             truth=None if target is None else target["boxes"],
             smallest=smallest,
         )
@@ -102,10 +103,12 @@ def draw_boxes(
     *,
     scores: Tensor | None = None,
     masks: Tensor | None = None,
+    keypoints: Tensor | None = None,
     truth: Tensor | None = None,
     smallest: int = 256,
 ) -> Tensor:
-    """Boxes (L, 4) with labels from 1 and scores, masks (L, H, W) as a tint, true boxes as thin white lines.
+    """Boxes (L, 4) with labels from 1 and scores, masks (L, H, W) as a tint, key points (L, P, 2) as dots, true boxes
+    as thin white lines.
 
     A box too small for its name and score gets the name alone, or nothing; of one class, many boxes get no scores.
     """
@@ -123,6 +126,8 @@ def draw_boxes(
     for index in order:
         box, label = (boxes[index] * scale).tolist(), int(labels[index])
         draw.rectangle(box, outline=colour(label - 1), width=width)
+        for x, y in [] if keypoints is None else (keypoints[index] * scale).tolist():
+            draw.ellipse((x - width, y - width, x + width, y + width), fill=colour(label - 1))
         name = [] if len(classes) == 1 else [_name(classes, label - 1)]
         score = [] if scores is None or (not name and len(boxes) > _MANY) else [f"{float(scores[index]):.2f}"]
         room = 1.3 * (box[2] - box[0])

@@ -23,13 +23,15 @@ class Classification:
 class Detections:
     """Objects of one image, highest score first, in pixels of the image that went in.
 
-    ``boxes`` (L, 4) xyxy, ``labels`` (L,) from 1 to K, ``scores`` (L,) in [0, 1], ``masks`` (L, H, W) bool or None.
+    ``boxes`` (L, 4) xyxy, ``labels`` (L,) from 1 to K, ``scores`` (L,) in [0, 1], ``masks`` (L, H, W) bool or None,
+    ``keypoints`` (L, P, 2), x and y of P points, or None.
     """
 
     boxes: Tensor
     labels: Tensor
     scores: Tensor
     masks: Tensor | None = None
+    keypoints: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
