@@ -21,7 +21,7 @@ from torch import nn
 from torchive.catalogue import class_path_of, get_card
 from torchive.engine.callsites import Call, Trace, split_calls, trace_calls
 from torchive.engine.conversion import Change, ConversionError, ConversionReport, Followed
-from torchive.engine.places import a_few, insertion_places, matches
+from torchive.engine.places import a_few, insertion_places, matches, places_of
 from torchive.engine.rewriting import rewrite
 
 
@@ -104,7 +104,7 @@ def _plan(
     host = get_card(method).host
     if host.get("mode") == "insert":
         part = _load(host["new"]) if "new" in host else cls
-        return method, [], part, [[p] if isinstance(p, str) else list(p) for p in host.get("where", [])]
+        return method, [], part, places_of(host.get("where", []))
     if host.get("mode") == "rewrite":
         return method, [], str(host["function"]), []
     if host.get("mode") != "replace":

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchive.engine.detection_errors import detection_errors
 from torchive.structures import Detections
 
 IGNORED = 255
@@ -135,7 +136,7 @@ def _detection(
         each = zip(values["classes"].reshape(-1).tolist(), values["map_per_class"].reshape(-1).tolist(), strict=True)
         if prefix == "" and len(classes) > 1:
             result |= {f"map/{classes[label - 1]}": value for label, value in each if 1 <= label <= len(classes)}
-    return result
+    return result | detection_errors(records)
 
 
 def _coco(records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], kind: str) -> dict[str, Tensor]:

@@ -12,6 +12,27 @@ from torchive.catalogue import get_card
 from torchive.engine.conversion import ConversionError, ConversionReport
 from torchive.engine.residuals import trace_residuals
 
+#: Places that several cards mean, by the name that they give for them: patterns, of which the first that matches holds.
+NAMED_PLACES: dict[str, tuple[str, ...]] = {
+    "last stage": (
+        r"re:(.*\.)?layer4",
+        "*stages.3",
+        "*stages_3",
+        "neck",
+        "*encoder.blocks.3",
+        r"re:blocks\.6",
+        r"re:blocks\.5",
+        "s4",
+        "features",
+    )
+}
+
+
+def places_of(where: str | list[str | list[str]]) -> list[list[str]]:
+    """A card's ``where`` as lists of patterns, tried one after the other: a named place, or the list itself."""
+    choices = NAMED_PLACES[where] if isinstance(where, str) else where
+    return [[choice] if isinstance(choice, str) else list(choice) for choice in choices]
+
 
 def matches(name: str, patterns: list[str] | None) -> bool:
     """Whether a dotted name, or a module around it, fits one of the patterns; None takes everything."""

@@ -30,6 +30,17 @@ _GROUPS = (
     ("neither", "Both are wrong", "s-neither"),
     ("both", "Both are right", "s-both"),
 )
+_FALSE = {
+    "false/class": "False: an object of another class",
+    "false/place": "False: the object is elsewhere",
+    "false/duplicate": "False: the object was found before",
+    "false/background": "False: nothing is there",
+}
+_MISSED = {
+    "missed/small": "Missed of the small (to 32 × 32 pixels)",
+    "missed/medium": "Missed of the medium (to 96 × 96)",
+    "missed/large": "Missed of the large",
+}
 
 
 def render_report(folder: Path) -> Path:
@@ -82,7 +93,8 @@ def comparison_html(record: Record) -> str:
             paired_figure=Markup(figures.paired_figure(metric, record["plan"]["rule"]["margin"])),
             seed_rows=_seed_rows(metric),
             means=number_rows(metric),
-            metric_rows=[number_rows(m) for m in summary.metrics],
+            metric_rows=[number_rows(m) for m in summary.metrics if m.unit.name not in _FALSE | _MISSED],
+            error_rows=_error_rows(summary),
             curves=[Markup(figure) for figure in _curves(record, metric)],
             costs=[_cost_row(row) for row in summary.costs],
             cost_note=costs.get("note", ""),
@@ -178,6 +190,13 @@ def number_rows(metric: MetricSummary) -> dict[str, Any]:
         "css": word,
         "decides": metric.decides,
     }
+
+
+def _error_rows(summary: Summary) -> list[dict[str, Any]]:
+    """The rows on what a detector gets wrong, under labels that can be read alone."""
+    by_name = {metric.unit.name: metric for metric in summary.metrics}
+    labels = _FALSE | _MISSED
+    return [{**number_rows(by_name[name]), "label": labels[name]} for name in labels if name in by_name]
 
 
 def _cost_row(row: CostRow) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 _LOWER = ("loss", "error", "nll", "brier", "ece", "rmse", "mae", "mse", "perplexity", "distance", "time")
 _SHARES = ("accuracy", "precision", "recall", "f1", "dice", "iou", "map", "mar", "ap", "ap50", "ap75", "auc", "auroc")
 _MORE_SHARES = ("top1", "top5", "kappa", "mcc", "sensitivity", "specificity")
+_FAULTS = ("false", "missed")
 _WORDS = {
     "map": "mAP",
     "mar": "mAR",
@@ -66,8 +67,9 @@ class Unit:
 def unit_of(metric: str) -> Unit:
     """The presentation of a metric by its recorded name; a name that is not known is shown as it is, higher better."""
     words = metric.lower().replace("/", "_").split("_")
-    lower = any(word in _LOWER for word in words)
-    share = not lower and any(word in (*_SHARES, *_MORE_SHARES) for word in words)
+    fault = metric.partition("/")[0] in _FAULTS
+    lower = fault or any(word in _LOWER for word in words)
+    share = fault or (not lower and any(word in (*_SHARES, *_MORE_SHARES) for word in words))
     label = " ".join(_WORDS.get(word, word) for word in words)
     return Unit(metric, label, 100.0 if share else 1.0, "points" if share else "", not lower)
 

@@ -1,0 +1,86 @@
+"""Why detections are wrong, and which objects are missed: shares that a comparison can pair over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+CAUSES = ("class", "place", "duplicate", "background")
+#: COCO's sizes: the area in pixels up to which an object has the size.
+SIZES = {"small": 32.0**2, "medium": 96.0**2, "large": float("inf")}
+Record = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+def detection_errors(records: Sequence[Record], *, overlap: float = 0.5, touch: float = 0.1) -> dict[str, float]:
+    """``false/CAUSE``, shares of the detections looked at, and ``missed/SIZE``, shares of the objects of that size.
+
+    Looked at are the N best scored detections of all images, N being the number of objects, so that no threshold is
+    chosen. In the order of their scores each takes the object of its class that it overlaps most, from ``overlap`` on.
+    What takes none is false: a ``duplicate`` where such an object was taken before; else by what it overlaps most:
+    ``place``, an object of its class; ``class``, one of another; ``background``, nothing by more than ``touch``
+    (Hoiem et al., "Diagnosing Error in Object Detectors", ECCV 2012). Objects that nothing took are missed. A
+    detection whose best overlap is a crowd's is not counted.
+
+    Args:
+        records: of each image, predictions (``boxes``, ``scores``, ``labels``) and target (``boxes``, ``labels``,
+            perhaps ``iscrowd`` and ``area``).
+        overlap, touch: overlaps (IoU) of a right place and of a wrong one.
+    """
+    real = [target["iscrowd"] == 0 if "iscrowd" in target else target["labels"] >= 0 for _, target in records]
+    total = sum(int(mask.sum()) for mask in real)
+    false, seen = dict.fromkeys(CAUSES, 0), 0
+    missed, sizes = dict.fromkeys(SIZES, 0), dict.fromkeys(SIZES, 0)
+    for (found, target), objects, least in zip(records, real, _least(records, total), strict=True):
+        taken, causes = _matched(found, target, objects, least, overlap, touch)
+        for cause in causes:
+            seen += 1
+            if cause:
+                false[cause] += 1
+        box = target["boxes"].double()
+        area = target["area"] if "area" in target else (box[:, 2:] - box[:, :2]).prod(1)
+        edges = torch.tensor(list(SIZES.values()), dtype=torch.double)
+        size = torch.searchsorted(edges, area.double(), right=False)
+        for k, name in enumerate(SIZES):
+            sizes[name] += int((objects & (size == k)).sum())
+            missed[name] += int((objects & (size == k) & ~taken).sum())
+    result = {f"false/{cause}": count / max(seen, 1) for cause, count in false.items()}
+    return result | {f"missed/{name}": missed[name] / count for name, count in sizes.items() if count}
+
+
+def _least(records: Sequence[Record], total: int) -> list[Tensor]:
+    """Of each image, which detections are among the ``total`` best of all."""
+    scores = [found["scores"] for found, _ in records]
+    every = torch.cat(scores) if scores else torch.zeros(0)
+    best = torch.zeros_like(every, dtype=torch.bool)
+    best[every.argsort(descending=True, stable=True)[:total]] = True
+    return list(best.split([len(part) for part in scores]))
+
+
+def _matched(
+    found: dict[str, Tensor], target: dict[str, Tensor], objects: Tensor, chosen: Tensor, overlap: float, touch: float
+) -> tuple[Tensor, list[str]]:
+    """Which objects are taken, and of each counted detection the cause of its fault, "" where it is right."""
+    taken = torch.zeros_like(objects)
+    order = found["scores"].masked_fill(~chosen, -torch.inf).argsort(descending=True, stable=True)[: int(chosen.sum())]
+    if not len(objects):
+        return taken, ["background"] * len(order)
+    iou = box_iou(found["boxes"][order].double(), target["boxes"].double())  # (D, L)
+    same = found["labels"][order][:, None] == target["labels"]
+    causes = []
+    for row, alike in zip(iou, same, strict=True):
+        free = row.masked_fill(~(alike & objects & ~taken), -1)
+        if free.max() >= overlap:
+            taken[free.argmax()] = True
+            causes.append("")
+        elif not objects[row.argmax()] and row.max() >= overlap:
+            continue  # a crowd
+        elif bool((row[alike & taken] >= overlap).any()):
+            causes.append("duplicate")
+        elif row.masked_fill(~objects, 0).max() <= touch:
+            causes.append("background")
+        else:
+            causes.append("place" if alike[row.masked_fill(~objects, -1).argmax()] else "class")
+    return taken, causes

@@ -1,0 +1,68 @@
+"""Causes of false detections and missed objects: one case of each, crowds, empty images, and every share by a count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchive.engine.detection_errors import CAUSES, detection_errors
+from torchive.report.units import unit_of
+
+
+def found(*rows: tuple[float, float, float, float, int, float]) -> dict[str, torch.Tensor]:
+    values = torch.tensor(rows).reshape(-1, 6)
+    return {"boxes": values[:, :4], "labels": values[:, 4].long(), "scores": values[:, 5]}
+
+
+def target(*rows: tuple[float, float, float, float, int]) -> dict[str, torch.Tensor]:
+    values = torch.tensor(rows).reshape(-1, 5)
+    return {"boxes": values[:, :4], "labels": values[:, 4].long()}
+
+
+def test_each_cause_and_each_size() -> None:
+    objects = target(
+        (0, 0, 10, 10, 1), (100, 100, 140, 140, 1), (200, 0, 400, 200, 2), (500, 500, 510, 510, 2), (0, 300, 20, 320, 1)
+    )
+    hits = found(
+        (0, 0, 10, 10, 1, 0.9),  # right
+        (0, 0, 10, 9, 1, 0.8),  # again
+        (100, 100, 140, 140, 2, 0.7),  # the other class
+        (210, 100, 420, 300, 2, 0.6),  # overlaps by a quarter
+        (600, 600, 610, 610, 1, 0.5),  # nothing there
+        (500, 500, 510, 510, 2, 0.1),  # right, but no longer among the five best
+    )
+    errors = detection_errors([(hits, objects)])
+    assert [errors[f"false/{cause}"] for cause in CAUSES] == pytest.approx([0.2, 0.2, 0.2, 0.2])
+    assert errors["missed/small"] == pytest.approx(2 / 3)
+    assert errors["missed/medium"] == errors["missed/large"] == 1
+
+
+def test_the_best_are_chosen_over_all_images_and_scores_decide_who_is_the_duplicate() -> None:
+    objects = target((0, 0, 40, 40, 1))
+    first = found((0, 0, 40, 30, 1, 0.6), (0, 0, 40, 40, 1, 0.5))
+    second = found((0, 0, 40, 40, 1, 0.55))
+    errors = detection_errors([(first, objects), (second, objects)])
+    assert errors["missed/medium"] == 0
+    assert sum(errors[f"false/{cause}"] for cause in CAUSES) == 0
+    three = detection_errors([(first, objects), (second, target((0, 0, 40, 40, 1), (300, 0, 340, 40, 1)))])
+    assert three["false/duplicate"] == pytest.approx(1 / 3)
+    assert three["missed/medium"] == pytest.approx(1 / 3)
+
+
+def test_crowds_empty_images_and_no_detections() -> None:
+    crowd = target((0, 0, 100, 100, 1), (200, 200, 240, 240, 1)) | {"iscrowd": torch.tensor([1, 0])}
+    errors = detection_errors([(found((0, 0, 100, 90, 1, 0.9)), crowd)])
+    assert sum(errors[f"false/{cause}"] for cause in CAUSES) == 0
+    assert errors["missed/medium"] == 1
+    nothing = detection_errors([(found(), target())])
+    assert set(nothing) == {f"false/{cause}" for cause in CAUSES}
+    assert not any(nothing.values())
+    stray = detection_errors([(found((0, 0, 5, 5, 1, 0.9)), target()), (found(), target((0, 0, 5, 5, 1)))])
+    assert stray["false/background"] == 1
+    assert stray["missed/small"] == 1
+
+
+def test_shares_are_shown_in_per_cent_and_less_is_better() -> None:
+    for name in ("false/place", "missed/small"):
+        unit = unit_of(name)
+        assert (unit.factor, unit.higher_is_better) == (100.0, False)
