@@ -40,6 +40,22 @@ def decode_boxes(
     return torch.cat([centre - half, centre + half], -1)
 
 
+def code_iou(
+    codes: Tensor, others: Tensor, weights: tuple[float, float, float, float] = ONES, *, log_clamp: float = LOG_CLAMP
+) -> Tensor:
+    """IoU (...) of the boxes that two codes (..., 4) relative to one anchor stand for.
+
+    It is the same for every anchor: moving and stretching both boxes alike leaves their overlap as it is.
+    """
+    unit = codes.new_tensor([0.0, 0.0, 1.0, 1.0])
+    first = decode_boxes(codes, unit, weights, log_clamp=log_clamp)
+    second = decode_boxes(others.to(codes.dtype), unit, weights, log_clamp=log_clamp)
+    shared = torch.minimum(first, second)[..., 2:] - torch.maximum(first, second)[..., :2]
+    inter = shared.clamp(min=0).prod(-1)
+    areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (first, second)]
+    return inter / (areas[0] + areas[1] - inter)
+
+
 def encode_cells(boxes: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
     """YOLO's targets (..., 4) of boxes: place of the centre in its cell, log ratios of the sides to the anchor's.
 

@@ -83,7 +83,8 @@ def pad_batch(images: Tensor | Sequence[Tensor], divisor: int) -> Tensor:
     """Images of any sizes to (N, C, H, W), zeros at the right and below; H and W are multiples of ``divisor``."""
     if isinstance(images, Tensor):
         height, width = images.shape[-2:]
-        right, below = -width % divisor, -height % divisor
+        # without `%`, of which the compiler makes sizes that a pyramid's upsampling cannot be compiled with
+        right, below = ((side + divisor - 1) // divisor * divisor - side for side in (width, height))
         if torch.compiler.is_compiling() or right or below:  # an exported file must pad whatever comes
             return F.pad(images, (0, right, 0, below))
         return images
