@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from tests.engine.toys import toy_recipe, toy_samples
 
-from torchive.engine.predict import _to_source, predict, run_lengths
+from torchive.engine.predict import predict
+from torchive.engine.predictions import run_lengths, to_source
 from torchive.engine.recipe import RecipeError
 from torchive.engine.run import open_run
 from torchive.engine.train import train
@@ -94,7 +95,7 @@ def test_predictions_go_back_to_the_source_pixels() -> None:
     boxes = torch.tensor([[1.0, 2, 5, 6], [8, 8, 11, 12]])
     masks = torch.zeros(2, 10, 10, dtype=torch.bool)
     masks[0, 2:6, 1:5] = True
-    found = _to_source(Detections(boxes, torch.ones(2), torch.ones(2), masks), (10, 10), (20, 30))
+    found = to_source(Detections(boxes, torch.ones(2), torch.ones(2), masks), (10, 10), (20, 30))
     assert isinstance(found, Detections)
     assert found.boxes.tolist() == [[3, 4, 15, 12], [24, 16, 30, 20]], "cut to the image"
     assert found.masks is not None
@@ -103,7 +104,7 @@ def test_predictions_go_back_to_the_source_pixels() -> None:
     assert columns == list(range(3, 15))
     labels = torch.tensor([[0, 1], [2, 3]])
     for scores in (None, torch.nn.functional.one_hot(labels, 4).permute(2, 0, 1).float()):
-        back = _to_source(Segmentation(labels, scores), (2, 2), (4, 6))
+        back = to_source(Segmentation(labels, scores), (2, 2), (4, 6))
         assert isinstance(back, Segmentation)
         assert back.labels[[0, 0, -1, -1], [0, -1, 0, -1]].tolist() == [0, 1, 2, 3]
 
