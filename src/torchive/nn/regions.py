@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torchvision.ops import box_iou
 
 from torchive.ops.boxes import clip_boxes, decode_boxes, encode_boxes
 from torchive.ops.roi import pool_regions
+from torchive.ops.soft_suppression import soft_detections
 from torchive.ops.suppression import best_detections
 from torchive.structures import Detections
 
@@ -78,28 +80,52 @@ def region_loss(
     *,
     boxes: Tensor | None = None,
     weights: tuple[float, float, float, float] = WEIGHTS,
+    beta: float = 1 / 9,
     classification: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> tuple[Tensor, Tensor]:
-    """Loss of the class scores, and smooth L1 (beta 1/9) of the positive regions' offsets over all R regions.
+    """Loss of the class scores, and smooth L1 of the positive regions' offsets over all R regions.
 
     Args:
         logits: (R, K + 1), background first.
+        deltas, regions, boxes, weights, beta: as of ``offset_errors``.
+        classification: of logits and labels, to a scalar.
+    """
+    labels = regions.labels
+    offsets = offset_errors(deltas, regions, boxes=boxes, weights=weights, beta=beta).sum() / max(len(labels), 1)
+    score = classification(logits, labels) if len(labels) else logits.sum() * 0
+    return score, offsets
+
+
+def offset_errors(
+    deltas: Tensor,
+    regions: Regions,
+    *,
+    boxes: Tensor | None = None,
+    weights: tuple[float, float, float, float] = WEIGHTS,
+    beta: float = 1 / 9,
+) -> Tensor:
+    """Smooth L1 (R,) of each positive region's offsets, zero for background.
+
+    Args:
         deltas: (R, 4 (K + 1)), or (R, 4) where the classes share them.
         regions: as of ``sample_regions``.
         boxes: (R, 4), what the offsets are relative to, if not the regions' own; gradients flow into them.
         weights: of the box code.
-        classification: of logits and labels, to a scalar.
+        beta: error up to which the loss is a square.
     """
-    labels = regions.labels
-    positive = torch.nonzero(labels > 0)[:, 0]
+    positive = torch.nonzero(regions.labels > 0)[:, 0]
     reference = regions.boxes if boxes is None else boxes
     code = encode_boxes(regions.truth[positive].to(reference), reference[positive], weights)
-    rows = deltas.unflatten(1, (-1, 4))[positive]  # (P, K + 1, 4)
-    column = labels[positive] if rows.shape[1] > 1 else torch.zeros_like(positive)
-    found = rows[torch.arange(len(positive), device=labels.device), column]
-    offsets = F.smooth_l1_loss(found, code.to(found), beta=1 / 9, reduction="sum") / max(len(labels), 1)
-    score = classification(logits, labels) if len(labels) else logits.sum() * 0
-    return score, offsets
+    found = of_class(deltas, regions.labels)[positive]
+    error = F.smooth_l1_loss(found, code.to(found), beta=beta, reduction="none").sum(1)
+    return torch.zeros_like(deltas[:, 0]).index_add(0, positive, error)
+
+
+def of_class(deltas: Tensor, labels: Tensor) -> Tensor:
+    """The offsets (R, 4) of each region's class among (R, 4 (K + 1)), or (R, 4) where the classes share them."""
+    rows = deltas.unflatten(1, (-1, 4))
+    column = labels if rows.shape[1] > 1 else torch.zeros_like(labels)
+    return rows[torch.arange(len(labels), device=labels.device), column]
 
 
 class RegionStage(nn.Module):
@@ -150,6 +176,7 @@ def decode_regions(
     score_threshold: float = 0.05,
     nms_threshold: float = 0.5,
     max_detections: int = 100,
+    soft_sigma: float | None = None,
     weights: tuple[float, float, float, float] = WEIGHTS,
 ) -> list[Detections]:
     """One ``Detections`` per image, boxes in pixels of ``image_sizes`` (height, width); suppression within each class.
@@ -160,6 +187,7 @@ def decode_regions(
             it the proposals are the detections, of class 1, scored by their objectness.
         image_sizes: of the images that went in.
         score_threshold, nms_threshold, max_detections: as of ``best_detections``.
+        soft_sigma: lower the scores of what overlaps, as ``soft_detections`` does, instead of dropping it.
         weights: of the box code.
     """
     proposals, valid = raw["proposals"].float(), raw["proposal_scores"] >= 0  # (N, P, 4), (N, P)
@@ -171,15 +199,12 @@ def decode_regions(
     else:
         scores, boxes = raw["proposal_scores"].float()[..., None], proposals[:, :, None]
     scores = torch.where(valid[..., None], scores, -1)
+    suppress: Callable[..., tuple[Tensor, ...]] = partial(best_detections, nms_threshold=nms_threshold)
+    if soft_sigma is not None:
+        suppress = partial(soft_detections, sigma=soft_sigma)
     found = []
     for box, score, size, (height, width) in zip(boxes, scores, raw["sizes"], image_sizes, strict=True):
-        kept, label, sure, _ = best_detections(
-            box,
-            score,
-            score_threshold=score_threshold,
-            nms_threshold=nms_threshold,
-            max_detections=max_detections,
-        )
+        kept, label, sure, _ = suppress(box, score, score_threshold=score_threshold, max_detections=max_detections)
         scale = (kept.new_tensor([height, width]) / size.to(kept.dtype))[[1, 0, 1, 0]]
         found.append(Detections(kept * scale, label, sure))
     return found

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
-from torchive.methods.blocks.deformable_conv.sampling import corners, rows_of, weighted_rows
+from torchive.ops.sampling import corners, rows_of, weighted_rows
 
 Mode = Literal["auto", "operator", "plain"]
 Pair = tuple[int, int]

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torchive.methods.blocks.deformable_conv.sampling import corners, weighted_rows
+from torchive.ops.sampling import corners, weighted_rows
 
 Points = Literal["centres", "release"]
 

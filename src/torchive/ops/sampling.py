@@ -12,13 +12,14 @@ def rows_of(x: Tensor, groups: int = 1) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1] // groups)
 
 
-def corners(y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def corners(y: Tensor, x: Tensor, height: int | Tensor, width: int | Tensor) -> tuple[Tensor, Tensor]:
     """The four cells around each position, as index ``row * width + column`` and bilinear weight, both (..., 4).
 
     ``y`` and ``x`` are in cells, 0 is the middle of the first. What lies outside the map weighs nothing, as if the map
-    went on with zeros. The weights carry the gradient to the positions.
+    went on with zeros. The weights carry the gradient to the positions. Sizes may be int32 tensors that broadcast,
+    where positions lie on maps of different sizes.
     """
-    y, x = y.clamp(-2, height + 1), x.clamp(-2, width + 1)  # infinities have no fraction
+    y, x = between(y, -2, height + 1), between(x, -2, width + 1)  # infinities have no fraction
     top, bottom, weight_top, weight_bottom = _pair(y, height)
     left, right, weight_left, weight_right = _pair(x, width)
     top, bottom = top * width, bottom * width
@@ -27,14 +28,21 @@ def corners(y: Tensor, x: Tensor, height: int, width: int) -> tuple[Tensor, Tens
     return torch.stack(index, -1), torch.stack(weights, -1)  # put together last: short last axes are slow
 
 
-def _pair(at: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def between(at: Tensor, low: int, high: int | Tensor) -> Tensor:
+    """``clamp`` whose upper limit may be a tensor."""
+    if isinstance(high, Tensor):
+        return torch.minimum(at.clamp(min=low), high.to(at.dtype))
+    return at.clamp(low, high)
+
+
+def _pair(at: Tensor, size: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Two neighbouring cells of one axis, and their weights."""
     floor = at.detach().floor()
     share, first = at - floor, floor.int()
     found, weights = [], []
     for cell, weight in ((first, 1 - share), (first + 1, share)):
         weights.append(weight * ((cell >= 0) & (cell < size)))
-        found.append(cell.clamp(0, size - 1))  # in this order also where it is not a number
+        found.append(between(cell, 0, size - 1))  # in this order also where it is not a number
     return found[0], found[1], weights[0], weights[1]
 
 
