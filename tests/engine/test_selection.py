@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tests.engine.toys import ToySet, toy_recipe, toy_samples
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from torchive.engine.recipe import RecipeError, ScheduleSpec, load_recipe, resol
 from torchive.engine.selection import (
     class_counts,
     class_order,
+    counts_in_words,
     held_out_classes,
     long_tail,
     tail_counts,
@@ -27,6 +30,7 @@ from torchive.engine.selection import (
     without_held_out,
 )
 from torchive.engine.train import train
+from torchive.engine.views import Subset, object_labels_of
 from torchive.structures import Sample
 
 
@@ -264,3 +268,30 @@ def test_embeddings_are_scored_by_verification() -> None:
     assert recipe.decides == "true_accepts"
     with pytest.raises(RecipeError, match="toy-detection is a set for detection; the recipe's task is embedding"):
         build.as_task(ToySet("detection"), "embedding")
+
+
+def test_objects_are_counted_and_told_without_reading_an_image(tmp_path: Path) -> None:
+    content = {
+        "images": [{"id": k, "file_name": f"{k}.png", "width": 40, "height": 30} for k in range(12)],
+        "annotations": [
+            {"id": k, "image_id": k % 12, "category_id": 5 if k % 3 else 7, "bbox": [2, 3, 9, 8], "area": 72}
+            for k in range(30)
+        ],
+        "categories": [{"id": 5, "name": "nut"}, {"id": 7, "name": "bolt"}, {"id": 9, "name": "screw"}],
+    }
+    for k in range(12):
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{k}.png")
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    recipe = load_recipe("trees_ssd", [f"data.source=coco:{tmp_path}/a.json,{tmp_path}"])
+    samples = open_split(recipe, "train")
+    for k in range(12):
+        (tmp_path / f"{k}.png").unlink()
+    counts = class_counts(samples)
+    assert counts[2] == 0
+    assert sum(counts) == sum(len(labels) for labels in object_labels_of(samples) or [])
+    first, warning = counts_in_words(samples)
+    assert f"{sum(counts)} objects: nut {counts[0]}, bolt {counts[1]}, screw 0" in first
+    assert warning == "warning: screw: no object to train on"
+    half = Subset(samples, range(0, len(samples), 2))
+    assert sum(class_counts(half)) < sum(counts)
+    assert counts_in_words(half, most=1)[0].endswith("and 2 more")

@@ -35,6 +35,11 @@ class FileSamples:
         """The class of each sample of a classification set, read from no image."""
         return [int(record.target) for record in self.records]
 
+    @property
+    def object_labels(self) -> list[list[int]]:
+        """The labels, from 1, of the objects of each sample of a detection set, read from no image."""
+        return [list(record.target.labels) for record in self.records]
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -92,9 +97,13 @@ def file_samples(
 ) -> FileSamples:
     """One split without its faulty samples.
 
+    A class that no box has is no reason to refuse: category lists of COCO files hold classes that a file does not use.
+
     Raises:
         DataError: there are faults and ``skip_faulty`` is not set, or no sample is left.
     """
+    if index.task == "detection":
+        faults = [fault for fault in faults if fault.kind != "empty-class"]
     if faults and not skip_faulty:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise DataError(f"{faults[0]}{more}; `torchive data check` lists all, --skip-faulty trains without them")

@@ -135,7 +135,8 @@ def _detection(
         result |= {f"{prefix}{name}": float(values[name]) for name in ("map", "map_50", "map_75", "mar_100")}
         each = zip(values["classes"].reshape(-1).tolist(), values["map_per_class"].reshape(-1).tolist(), strict=True)
         if prefix == "" and len(classes) > 1:
-            result |= {f"map/{classes[label - 1]}": value for label, value in each if 1 <= label <= len(classes)}
+            named = {classes[label - 1]: value for label, value in each if 1 <= label <= len(classes)}
+            result |= {f"map/{name}": value for name, value in named.items() if value >= 0}  # -1: no such object
     return result | detection_errors(records)
 
 
@@ -151,7 +152,10 @@ def _coco(records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], kind: 
     )
     metric.warn_on_many_detections = False
     metric.update([_for_coco(found, kind) for found, _ in records], [_for_coco(target, kind) for _, target in records])
-    return {key: value.clamp_min(0) if key != "classes" else value for key, value in metric.compute().items()}
+    return {
+        key: value if key in ("classes", "map_per_class") else value.clamp_min(0)
+        for key, value in metric.compute().items()
+    }
 
 
 def _for_coco(values: dict[str, Tensor], kind: str) -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ class Progress:
         """A line of its own."""
         target = self.bar.console if self.bar is not None else self.lines
         if target is not None:
-            target.print(text, highlight=False)
+            target.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

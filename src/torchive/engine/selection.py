@@ -9,13 +9,41 @@ import torch
 from torchive.data.class_sampler import ClassSampler, class_probabilities, progressive_probabilities
 from torchive.data.samples import SampleSet, unit
 from torchive.engine.recipe import Recipe, RecipeError
-from torchive.engine.views import SomeClasses, Subset, labels_of
+from torchive.engine.views import SomeClasses, Subset, labels_of, object_labels_of
 
 
 def class_counts(samples: SampleSet) -> list[int]:
-    """How many samples each class has. Raises RecipeError where samples have no class."""
-    _require_classes(samples, "class counts")
-    return torch.tensor(labels_of(samples), dtype=torch.long).bincount(minlength=len(samples.classes)).tolist()
+    """How many samples, or objects of a detection set, each class has. Raises RecipeError where there is no class."""
+    if samples.task == "detection":
+        labels = [label - 1 for found in object_labels_of(samples) or [] for label in found]
+    else:
+        _require_classes(samples, "class counts")
+        labels = labels_of(samples)
+    return torch.tensor(labels, dtype=torch.long).bincount(minlength=len(samples.classes)).tolist()
+
+
+def counts_in_words(samples: SampleSet, *, most: int = 12) -> list[str]:
+    """What is trained on, for people: classes and their sizes, the largest first, and a warning of classes without any.
+
+    No sample is read for it: of a set that cannot tell its labels otherwise only the names are given.
+    """
+    what = "objects" if samples.task == "detection" else "samples"
+    head = f"{samples.name}: {len(samples)} training samples, {len(samples.classes)} classes"
+    known = samples.task == "classification" and hasattr(samples, "labels")
+    if not known and (samples.task != "detection" or object_labels_of(samples, read=False) is None):
+        return [f"{head}: {_listed(list(samples.classes), most)}"]
+    counts = class_counts(samples)
+    order = sorted(range(len(counts)), key=lambda k: -counts[k])
+    sizes = [f"{samples.classes[k]} {counts[k]:,}" for k in order]
+    lines = [f"{head}, {sum(counts):,} {what}: {_listed(sizes, most)}"]
+    none = [name for name, count in zip(samples.classes, counts, strict=True) if not count]
+    if none:
+        lines.append(f"warning: {_listed(none, most)}: no {what[:-1]} to train on")
+    return lines
+
+
+def _listed(words: list[str], most: int) -> str:
+    return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def tail_order(classes: Sequence[str], seed: int) -> list[int]:
@@ -97,6 +125,7 @@ def class_order(
         return None
     if train.seconds is not None and (own is not None or isinstance(sampling, str)):
         raise RecipeError("sampling that changes over the run needs a budget in steps, got one in seconds")
+    _require_classes(samples, "data.sampling")
     counts = torch.tensor(class_counts(samples))
     known = {} if own is not None or isinstance(sampling, str) else {sampling: class_probabilities(counts, sampling)}
 

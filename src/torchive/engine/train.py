@@ -35,7 +35,7 @@ from torchive.engine.processes import any_process, placed, share_buffers, start_
 from torchive.engine.progress import Progress
 from torchive.engine.recipe import Recipe
 from torchive.engine.run import RunFolder, deployable_of
-from torchive.engine.selection import class_order
+from torchive.engine.selection import class_order, counts_in_words
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,8 @@ class _Training:
         bar = Progress(
             self.recipe.name, train.steps, start=loop.step, seconds=train.seconds, shown=self.shown and self.main
         )
+        for line in counts_in_words(self.samples["train"]) if self.shown and self.main and loop.step == 0 else ():
+            bar.say(line)
         interrupted = False
         with _signals() as stop:
             try:

@@ -119,3 +119,16 @@ def labels_of(samples: SampleSet) -> list[Any]:
     if known is None:
         return [samples[i].target for i in range(len(samples))]
     return [int(label) for label in known]
+
+
+def object_labels_of(samples: SampleSet, *, read: bool = True) -> list[list[int]] | None:
+    """The labels, from 1, of the objects of each sample of a detection set; None where they would have to be read from
+    the samples themselves, and ``read`` forbids it.
+    """
+    if isinstance(samples, Subset):
+        inside = object_labels_of(samples.samples, read=read)
+        return None if inside is None else [inside[i] for i in samples.indices]
+    known = getattr(samples, "object_labels", None)
+    if known is None and read:
+        known = [samples[i].target["labels"].tolist() for i in range(len(samples))]
+    return known
