@@ -52,6 +52,7 @@ def mask_targets(
     sizes: Tensor,
     originals: Sequence[tuple[int, int]],
     size: int,
+    **options: bool,
 ) -> Tensor:
     """What the masks (R, size, size) of regions with objects are to be, each in its own box.
 
@@ -61,12 +62,13 @@ def mask_targets(
         sizes: (N, 2), height and width of the images in the batch.
         originals: of the images that went in.
         size: side of the masks.
+        options: ``aligned`` and ``binary`` of ``crop_masks``.
     """
     parts = [regions.boxes.new_zeros(0, size, size)]
     for k, (target, original) in enumerate(zip(targets, originals, strict=True)):
         rows = torch.nonzero(regions.image == k)[:, 0]
         scale = (sizes.new_tensor(original) / sizes[k])[[1, 0, 1, 0]]
-        parts.append(crop_masks(target["masks"], regions.matched[rows], regions.boxes[rows] * scale, size))
+        parts.append(crop_masks(target["masks"], regions.matched[rows], regions.boxes[rows] * scale, size, **options))
     return torch.cat(parts)
 
 

@@ -118,7 +118,7 @@ def offset_errors(
     code = encode_boxes(regions.truth[positive].to(reference), reference[positive], weights)
     found = of_class(deltas, regions.labels)[positive]
     error = F.smooth_l1_loss(found, code.to(found), beta=beta, reduction="none").sum(1)
-    return torch.zeros_like(deltas[:, 0]).index_add(0, positive, error)
+    return error.new_zeros(len(regions.labels)).index_add(0, positive, error)
 
 
 def of_class(deltas: Tensor, labels: Tensor) -> Tensor:

@@ -30,20 +30,25 @@ def check_masks(targets: Sequence[dict[str, Tensor]], originals: Sequence[tuple[
             raise ValueError(f"target {k}: expected a semantic map {expected[1:]}, got {tuple(semantic.shape)}")
 
 
-def crop_masks(masks: Tensor, index: Tensor, boxes: Tensor, size: int) -> Tensor:
-    """The part (R, size, size) of the masks ``masks[index]`` that boxes (R, 4) cover; shares of a cell, as torchvision.
+def crop_masks(
+    masks: Tensor, index: Tensor, boxes: Tensor, size: int, *, aligned: bool = True, binary: bool = True
+) -> Tensor:
+    """The part (R, size, size) of the masks ``masks[index]`` that boxes (R, 4) cover, 0 or 1.
 
     Args:
         masks: (L, H, W), 0 or 1.
         index: (R,), the mask of each box.
         boxes: in pixels of the masks.
         size: side of the crops.
+        aligned: a pixel's value stands at its centre; torchvision has it at the corner, half a pixel off.
+        binary: 1 where at least half of a cell is covered; otherwise the share that is, as torchvision.
     """
     if not len(boxes):
         return boxes.new_zeros(0, size, size)
     used, row = index.unique(return_inverse=True)  # of a thousand objects few have a region
     regions = torch.cat([row[:, None].to(boxes.dtype), boxes], 1)
-    return roi_align(masks[used, None].to(boxes.dtype), regions, size, 1.0)[:, 0]
+    share = roi_align(masks[used, None].to(boxes.dtype), regions, size, 1.0, aligned=aligned)[:, 0]
+    return (share >= 0.5).to(share.dtype) if binary else share
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], *, threshold: float = 0.5) -> Tensor:

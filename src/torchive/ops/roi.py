@@ -38,6 +38,7 @@ def pool_regions(
     fixed. ``level_of`` (R, 4) are boxes whose size chooses the level instead.
     """
     regions = torch.cat([image[:, None].to(boxes.dtype), boxes], 1).to(maps[0].dtype)  # (R, 5)
+    regions = torch.where(regions.isnan(), 0, regions)  # torchvision reads out of bounds there
     if len(maps) == 1:
         return roi_align(maps[0], regions, size, 1 / strides[0], sampling_ratio)
     level = pyramid_level(boxes if level_of is None else level_of, strides)
