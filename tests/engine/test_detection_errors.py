@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchive.engine.detection_errors import CAUSES, detection_errors
+from torchive.engine.detection_errors import CAUSES, detection_errors, score_overlap
 from torchive.report.units import unit_of
 
 
@@ -66,3 +66,17 @@ def test_shares_are_shown_in_per_cent_and_less_is_better() -> None:
     for name in ("false/place", "missed/small"):
         unit = unit_of(name)
         assert (unit.factor, unit.higher_is_better) == (100.0, False)
+
+
+def test_scores_that_follow_the_overlap() -> None:
+    objects = target((0, 0, 10, 10, 1), (100, 0, 110, 10, 2))
+    boxes = [(0, 0, 10, 10, 1), (0, 0, 10, 9, 1), (100, 0, 110, 8, 2), (100, 0, 110, 7, 2)]
+    rows = [(*box, score) for box, score in zip(boxes, (0.9, 0.8, 0.3, 0.1), strict=True)]
+    other = [(0, 0, 10, 10, 2, 0.01), (0, 0, 10, 3, 1, 0.95), (300, 0, 310, 7, 1, 0.99)]  # none overlaps by a half
+    assert score_overlap([(found(*rows, *other), objects)]) == pytest.approx(1)
+    turned = [(*box, score) for box, score in zip(boxes, (0.1, 0.3, 0.8, 0.9), strict=True)]
+    assert score_overlap([(found(*turned[:2]), objects), (found(*turned[2:]), objects)]) == pytest.approx(-1)
+    assert score_overlap([(found(*rows[:2]), objects)]) == 0  # too few
+    assert score_overlap([(found(), objects), (found(*rows), target())]) == 0
+    alike = [(*box, 0.5) for box in boxes]
+    assert score_overlap([(found(*alike), objects)]) == 0

@@ -67,6 +67,9 @@ def test_detection_in_cases_known_by_hand() -> None:
     shifted = scored(*_objects(10.0, [0.9, 0.8]))  # overlaps 0.47 and 0.54
     assert shifted["map_50"] == pytest.approx(0.5)
     assert shifted["map_75"] == pytest.approx(0.0)
+    close = scored(*_objects(2.0, [0.9, 0.8]))  # overlaps 0.854 and 0.880: right at 0.8 and 0.85, not at 0.9
+    assert close["map_80_90"] == pytest.approx(2 / 3)
+    assert perfect["map_80_90"] == pytest.approx(1.0)
     found, target = _objects(0.0, [0.9, 0.8])
     swapped = Detections(found.boxes, torch.tensor([2, 1]), found.scores)
     assert scored(swapped, target)["map"] == pytest.approx(0.0)

@@ -50,6 +50,27 @@ def detection_errors(records: Sequence[Record], *, overlap: float = 0.5, touch: 
     return result | {f"missed/{name}": missed[name] / count for name, count in sizes.items() if count}
 
 
+def score_overlap(records: Sequence[Record], *, overlap: float = 0.5) -> float:
+    """Spearman's rank correlation of score and overlap, over all detections that overlap an object of their class.
+
+    It says whether the tighter box has the higher score. Zero where fewer than three detections overlap by
+    ``overlap``, or all scores or overlaps are alike.
+    """
+    from scipy.stats import rankdata
+
+    pairs = []
+    for found, target in records:
+        if not len(target["boxes"]) or not len(found["boxes"]):
+            continue
+        iou = box_iou(found["boxes"].double(), target["boxes"].double())
+        best = iou.masked_fill(found["labels"][:, None] != target["labels"], 0).amax(1)
+        pairs.append(torch.stack([found["scores"].double(), best])[:, best >= overlap])
+    ranks = torch.tensor(rankdata(torch.cat(pairs, 1).numpy(), axis=1)) if pairs else torch.zeros(2, 0)
+    if ranks.shape[1] < 3 or bool((ranks.std(1) == 0).any()):
+        return 0.0
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
 def _least(records: Sequence[Record], total: int) -> list[Tensor]:
     """Of each image, which detections are among the ``total`` best of all."""
     scores = [found["scores"] for found, _ in records]

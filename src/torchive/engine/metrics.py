@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchive.engine.detection_errors import detection_errors
+from torchive.engine.detection_errors import detection_errors, score_overlap
 from torchive.structures import Detections
 
 IGNORED = 255
+_AVERAGES = ("map", "map_50", "map_75", "map_80_90", "mar_100")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ METRICS: dict[str, Metric] = {
         Metric("map", True, "detection"),
         Metric("map_50", True, "detection"),
         Metric("map_75", True, "detection"),
+        Metric("map_80_90", True, "detection"),
         Metric("mar_100", True, "detection"),
+        Metric("score_overlap", True, "detection", "rank correlation"),
         Metric("mask_map", True, "detection"),
         Metric("knn_accuracy", True, "selfsupervised"),
         Metric("linear_accuracy", True, "selfsupervised"),
@@ -132,12 +135,12 @@ def _detection(
         if kind == "segm" and not all("masks" in found and "masks" in target for found, target in records):
             continue
         values = _coco(records, kind)
-        result |= {f"{prefix}{name}": float(values[name]) for name in ("map", "map_50", "map_75", "mar_100")}
+        result |= {f"{prefix}{name}": float(values[name]) for name in _AVERAGES}
         each = zip(values["classes"].reshape(-1).tolist(), values["map_per_class"].reshape(-1).tolist(), strict=True)
         if prefix == "" and len(classes) > 1:
             named = {classes[label - 1]: value for label, value in each if 1 <= label <= len(classes)}
             result |= {f"map/{name}": value for name, value in named.items() if value >= 0}  # -1: no such object
-    return result | detection_errors(records)
+    return result | {"score_overlap": score_overlap(records)} | detection_errors(records)
 
 
 def _coco(records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], kind: str) -> dict[str, Tensor]:
@@ -146,15 +149,21 @@ def _coco(records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], kind: 
     metric: Any = MeanAveragePrecision(
         iou_type=kind,  # type: ignore[arg-type]
         class_metrics=True,
+        extended_summary=True,
         backend="faster_coco_eval",
         sync_on_compute=False,
         dist_sync_on_step=False,
     )
     metric.warn_on_many_detections = False
     metric.update([_for_coco(found, kind) for found, _ in records], [_for_coco(target, kind) for _, target in records])
+    found = metric.compute()
+    tight = found["precision"][6:9, :, :, 0, -1]  # overlaps 0.8, 0.85, 0.9; all areas, most detections
+    tight = tight[tight > -1]
+    found["map_80_90"] = tight.mean() if len(tight) else torch.tensor(0.0)
     return {
         key: value if key in ("classes", "map_per_class") else value.clamp_min(0)
-        for key, value in metric.compute().items()
+        for key, value in found.items()
+        if isinstance(value, Tensor)
     }
 
 
