@@ -14,7 +14,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNPredictor
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
-from torchive.methods.segmentation.htc import HTC, MaskCascade, SemanticBranch
+from torchive.methods.segmentation.htc import HTC, FusedSemanticBranch, MaskCascade
 from torchive.protocols import Level
 
 SIZES = [[8.0], [16.0], [32.0], [64.0], [128.0]]
@@ -300,7 +300,7 @@ def test_flow_equals_its_formula(double, record) -> None:
 
 def test_semantic_branch_orders() -> None:
     maps = [torch.randn(1, 4, 32 // 2**k, 48 // 2**k) for k in range(5)]
-    ours, theirs = SemanticBranch(4, 6), SemanticBranch(4, 6, resize_first=True)
+    ours, theirs = FusedSemanticBranch(4, 6), FusedSemanticBranch(4, 6, resize_first=True)
     theirs.load_state_dict(ours.state_dict())
     logits, embedding = ours(maps)
     assert logits.shape == (1, 6, 16, 24)
@@ -404,4 +404,4 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="target 2: expected masks beside the boxes, got boxes, labels"):
         HTC(**SMALL).losses(images, targets)
     with pytest.raises(ValueError, match="level must lie in 0 to 4, got 5"):
-        SemanticBranch(4, 3, level=5)
+        FusedSemanticBranch(4, 3, level=5)

@@ -15,6 +15,6 @@ Differs  beta is the release's. Suppression sees the 2,000 best pairs of box and
 
 from torchive.methods.segmentation.htc.mask_cascade import MaskCascade
 from torchive.methods.segmentation.htc.model import HTC
-from torchive.methods.segmentation.htc.semantic import SemanticBranch
+from torchive.methods.segmentation.htc.semantic import FusedSemanticBranch
 
-__all__ = ["HTC", "MaskCascade", "SemanticBranch"]
+__all__ = ["HTC", "FusedSemanticBranch", "MaskCascade"]

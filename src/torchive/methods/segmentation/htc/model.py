@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchive.methods.segmentation.htc.mask_cascade import MaskCascade
-from torchive.methods.segmentation.htc.semantic import SemanticBranch
+from torchive.methods.segmentation.htc.semantic import FusedSemanticBranch
 from torchive.nn.box_cascade import BoxCascade, kept_proposals
 from torchive.nn.mask_head import mask_loss, mask_targets, positive_regions
 from torchive.nn.pixel_cross_entropy import PixelCrossEntropy
@@ -54,7 +54,7 @@ class HTC(nn.Module):
         semantic_classes: its number of classes; K + 1 if None. 183 in the release.
         semantic_into: which regions the branch's embedding is added to.
         semantic_weight: beta.
-        resize_first: order in the semantic branch, as in ``SemanticBranch``; True in the release.
+        resize_first: order in the semantic branch, as in ``FusedSemanticBranch``; True in the release.
         mask_from: "mean" of the stages' masks, or the "last" one's, as the release does.
 
     Raises:
@@ -112,9 +112,9 @@ class HTC(nn.Module):
         )
         self.boxes = BoxCascade(channels, num_classes, stages=stages, hidden=hidden, rois_per_image=rois_per_image)
         self.masks = MaskCascade(channels, num_classes, stages=stages, mask_flow=mask_flow)
-        self.semantic: SemanticBranch | None = None
+        self.semantic: FusedSemanticBranch | None = None
         if semantic:
-            self.semantic = SemanticBranch(
+            self.semantic = FusedSemanticBranch(
                 channels,
                 semantic_classes or num_classes + 1,
                 levels=len(levels),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import Conv2dNormActivation
 
 
-class SemanticBranch(nn.Module):
+class FusedSemanticBranch(nn.Module):
     """Maps of C channels to logits (N, S, h, w) and an embedding (N, C, h, w), both as large as one of the maps.
 
     A 1x1 convolution on each map, bilinear resizing, the sum, 3x3 convolutions; then a 1x1 convolution for each output
