@@ -1,0 +1,57 @@
+"""torchvision's second stage with another loss, for models that a user trains with a loop of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import RoIHeads
+
+
+class ExchangedRoIHeads(RoIHeads):
+    """torchvision's ``RoIHeads`` whose ``region_loss`` gives ``loss_classifier`` and ``loss_box_reg``.
+
+    Made of a stage by ``exchange_region_loss``; names of weights, masks and key points stay as they are.
+    """
+
+    region_loss: nn.Module
+    _drawn: Any
+
+    def select_training_samples(self, proposals: Any, targets: Any) -> Any:
+        """As torchvision's; labels (R,) and codes (R, 4) are kept for the loss."""
+        found = super().select_training_samples(proposals, targets)
+        self._drawn = torch.cat(found[2]), torch.cat(found[3])
+        return found
+
+    def forward(self, features: Any, proposals: Any, image_shapes: Any, targets: Any = None) -> Any:
+        """As torchvision's."""
+        given: list[tuple[Tensor, Tensor]] = []
+        handle = self.box_predictor.register_forward_hook(lambda _module, _inputs, output: given.append(output))
+        self._drawn = ()
+        try:
+            result, losses = super().forward(features, proposals, image_shapes, targets)
+        finally:
+            handle.remove()
+        drawn, self._drawn = self._drawn, ()
+        if drawn:
+            losses["loss_classifier"], losses["loss_box_reg"] = self.region_loss(*given[0], *drawn)
+        return result, losses
+
+
+def exchange_region_loss(stage: RoIHeads, loss: nn.Module, cls: type[ExchangedRoIHeads] = ExchangedRoIHeads) -> None:
+    """Give a torchvision second stage another loss, in place.
+
+    Args:
+        stage: ``model.roi_heads``.
+        loss: of logits (R, K + 1), deltas (R, 4 (K + 1)), labels (R,), 0 for background, and codes (R, 4), to two
+            scalars.
+        cls: what the stage becomes.
+
+    Raises:
+        TypeError: the stage is of another class than torchvision's.
+    """
+    if type(stage) is not RoIHeads and not isinstance(stage, ExchangedRoIHeads):
+        raise TypeError(f"expected torchvision's RoIHeads, got {type(stage).__name__}")
+    stage.__class__ = cls
+    stage.region_loss = loss
