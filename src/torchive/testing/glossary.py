@@ -183,6 +183,13 @@ GLOSSARY: dict[str, str] = {
     "coordinates": "whether a mask head reads places relative to its object",
     "conditional": "whether each object has filters of its own",
     "semantic": "whether an auxiliary branch learns a class for each pixel",
+    "semantic_classes": "number of classes of a branch that learns a class for each pixel",
+    "semantic_into": "which regions read the features of that branch: box and mask",
+    "semantic_weight": "weight of that branch's loss",
+    "resize_first": "whether maps are resized before their 1x1 convolution",
+    "interleaved": "whether masks are learnt on the boxes that have just been refined",
+    "mask_flow": "whether each mask stage reads the features of the one before",
+    "mask_from": "the mean of the stages' masks, or the last one",
     "condition_channels": "width of a vector that modulates a layer; 0 for none",
     # representation learning
     "hidden_dim": "width of the middle of a projection head",
