@@ -12,6 +12,7 @@ from PIL import Image
 from tests.engine.toys import ToySet, toy_recipe, toy_samples
 from torch import Tensor, nn
 
+from torchive.data import Loader
 from torchive.data.drawing import epoch_order
 from torchive.engine import build
 from torchive.engine.build import build_model, build_optimizer, fill_recipe, open_split
@@ -30,8 +31,9 @@ from torchive.engine.selection import (
     without_held_out,
 )
 from torchive.engine.train import train
-from torchive.engine.views import Subset, object_labels_of
+from torchive.engine.views import PartlyBoxed, Subset, object_labels_of
 from torchive.structures import Sample
+from torchive.transforms import build as build_transform
 
 
 class Labelled:
@@ -295,3 +297,32 @@ def test_objects_are_counted_and_told_without_reading_an_image(tmp_path: Path) -
     half = Subset(samples, range(0, len(samples), 2))
     assert sum(class_counts(half)) < sum(counts)
     assert counts_in_words(half, most=1)[0].endswith("and 2 more")
+
+
+def test_some_images_keep_their_boxes_and_the_others_say_what_they_show() -> None:
+    recipe = load_recipe("trees_ssd", ["data.boxed=0.25"])
+    whole, part = ToySet("detection"), PartlyBoxed(ToySet("detection"), 0.25)
+    assert part.boxed == set(Subset.by_fraction(whole, 0.25).ids)
+    assert recipe.data.boxed == 0.25
+    for k in range(len(whole)):
+        target, before = part[k].target, whole[k].target
+        assert bool(target["has_boxes"]) == (whole.ids[k] in part.boxed)
+        assert len(target["boxes"]) == len(target["labels"]) == len(before["boxes"]) * bool(target["has_boxes"])
+        assert (target["image_labels"].nonzero()[:, 0] + 1).tolist() == before["labels"].unique().tolist()
+    assert 0 < sum(class_counts(part)) < sum(class_counts(whole))
+    batch = next(
+        iter(
+            Loader(
+                part,
+                build_transform("detection", image_size=32, train=True, augment="flip"),
+                batch_size=8,
+                seed=0,
+                shuffle=True,
+            ).epoch(0)
+        )
+    )
+    assert {"has_boxes", "image_labels"} <= set(batch.targets[0])
+    with pytest.raises(RecipeError, match="boxed"):
+        load_recipe("trees_ssd", ["data.boxed=0"])
+    with pytest.raises(RecipeError, match=r"data\.boxed is for detection"):
+        open_split(load_recipe("solar", ["data.boxed=0.5"]), "train")

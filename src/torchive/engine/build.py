@@ -15,7 +15,7 @@ from torchive.engine.convert import convert
 from torchive.engine.recipe import REPRESENTING, ClassSpec, Recipe, RecipeError
 from torchive.engine.resolve import filled, import_class
 from torchive.engine.selection import class_counts, long_tail, without_held_out
-from torchive.engine.views import Subset, as_task
+from torchive.engine.views import PartlyBoxed, Subset, as_task
 
 
 def open_split(recipe: Recipe, split: str) -> SampleSet:
@@ -35,6 +35,10 @@ def open_split(recipe: Recipe, split: str) -> SampleSet:
         samples = without_held_out(samples, data.held_out, seed=data.draw, train=split == "train")
     if split == "train":
         samples = Subset.by_fraction(samples, data.fraction)
+        if data.boxed < 1:
+            if samples.task != "detection":
+                raise RecipeError(f"data.boxed is for detection; {samples.name} is a set for {samples.task}")
+            samples = PartlyBoxed(samples, data.boxed)
         if data.imbalance is not None:
             samples = long_tail(samples, data.imbalance, seed=data.draw)
     return samples

@@ -40,6 +40,7 @@ class DataSpec:
 
     ``batch_size`` counts the samples of one optimiser step over all processes. ``channels`` 1 or 3 turns colour into
     grey or grey into colour; None leaves the images as they are. ``fraction`` keeps that share of the training samples.
+    ``boxed`` keeps the boxes of that share of the training images, and of the others only which classes they show.
     ``views`` are options of the procedure's own views, where it makes such.
 
     ``imbalance`` thins the training classes out to an exponential long tail whose first class is that many times as
@@ -58,6 +59,7 @@ class DataSpec:
     channels: int | None = None
     skip_faulty: bool = False
     fraction: float = 1.0
+    boxed: float = 1.0
     imbalance: float | None = None
     held_out: int | list[str] = 0
     draw: int = 0

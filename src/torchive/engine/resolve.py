@@ -346,6 +346,7 @@ def _bounds(recipe: Recipe) -> Iterator[tuple[str, Any, bool]]:
     yield "data.image_size", data.image_size, data.image_size is None or data.image_size >= 1
     yield "data.workers", data.workers, data.workers >= 0
     yield "data.fraction", data.fraction, 0 < data.fraction <= 1
+    yield "data.boxed", data.boxed, 0 < data.boxed <= 1
     yield "data.imbalance", data.imbalance, data.imbalance is None or data.imbalance >= 1
     yield "data.held_out", data.held_out, not isinstance(data.held_out, int) or data.held_out >= 0
     yield "data.sampling", data.sampling, isinstance(data.sampling, str) or data.sampling >= 0

@@ -60,6 +60,33 @@ class SomeClasses:
         return replace(self.samples[self.indices[index]], target=self.labels[index])
 
 
+class PartlyBoxed:
+    """A detection set of which a share of the images keeps its boxes; the others keep only which classes they show.
+
+    Each target gains ``has_boxes`` () bool and ``image_labels`` (K,) float. Those that keep their boxes are the images
+    that ``Subset.by_fraction`` would take.
+    """
+
+    task = "detection"
+
+    def __init__(self, samples: SampleSet, share: float) -> None:
+        self.samples, self.name, self.ids = samples, samples.name, samples.ids
+        self.classes, self.channels, self.licence = samples.classes, samples.channels, samples.licence
+        self.origin, self.left_out = samples.origin, samples.left_out
+        self.boxed = set(Subset.by_fraction(samples, share).ids)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.samples[index]
+        target, kept = sample.target, sample.id in self.boxed
+        shown = torch.zeros(len(self.classes)).index_fill(0, target["labels"] - 1, 1.0)
+        if not kept:
+            target = {key: value[:0] for key, value in target.items() if key != "semantic"}
+        return replace(sample, target={**target, "has_boxes": torch.tensor(kept), "image_labels": shown})
+
+
 class MasksAsClasses:
     """A set with a mask for each object, seen as segmentation: class 0 is the background."""
 
@@ -125,6 +152,9 @@ def object_labels_of(samples: SampleSet, *, read: bool = True) -> list[list[int]
     """The labels, from 1, of the objects of each sample of a detection set; None where they would have to be read from
     the samples themselves, and ``read`` forbids it.
     """
+    if isinstance(samples, PartlyBoxed):  # what is hidden is not counted
+        inside = object_labels_of(samples.samples, read=read)
+        return inside and [x if i in samples.boxed else [] for i, x in zip(samples.ids, inside, strict=True)]
     if isinstance(samples, Subset):
         inside = object_labels_of(samples.samples, read=read)
         return None if inside is None else [inside[i] for i in samples.indices]

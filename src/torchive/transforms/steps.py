@@ -67,7 +67,11 @@ class RandomIoUCrop(nn.Module):
         return self.clean(*self.crop(image, target))
 
 
+#: What loses its rows by itself, and what speaks of the whole image.
+_NOT_PER_BOX = ("boxes", "masks", "image_labels", "has_boxes", "semantic")
+
+
 def _per_box(inputs: Any) -> tuple[torch.Tensor, ...]:
     """The plain tensors that have a row for each box and must lose the rows of dropped boxes."""
     target = next(part for part in inputs if isinstance(part, dict))
-    return tuple(value for key, value in target.items() if key not in ("boxes", "masks"))
+    return tuple(value for key, value in target.items() if key not in _NOT_PER_BOX)
