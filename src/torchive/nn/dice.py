@@ -8,6 +8,16 @@ import torch
 from torch import Tensor, nn
 
 
+def mask_dice(scores: Tensor, truth: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """1 - 2 sum p g / (sum p^2 + sum g^2 + eps) of each mask: scores and truth (n, ...) to (n,).
+
+    Milletari et al., "V-Net", as for the masks of objects (arXiv:2003.05664, eq. 2).
+    """
+    scores, truth = scores.flatten(1), truth.flatten(1)
+    mass = scores.square().sum(1) + truth.square().sum(1) + eps
+    return 1 - 2 * (scores * truth).sum(1) / mass
+
+
 class SoftDiceLoss(nn.Module):
     r"""One minus the soft Dice score, averaged over classes.
 

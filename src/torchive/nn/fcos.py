@@ -210,11 +210,51 @@ def fcos_detections(
         nms_threshold: overlap above which the lower score of a class goes.
         max_detections: of an image.
     """
-    points, strides = raw["points"].float(), raw["strides"].float()
-    boxes = boxes_of(raw["distances"].float() * strides[:, None], points)  # (N, A, 4)
-    boxes = clip_boxes(boxes, torch.tensor(image_sizes, device=boxes.device))
+    boxes = fcos_boxes(raw)
     scores = raw["logits"].float().sigmoid() * raw["centerness"].float().sigmoid()[..., None]  # (N, A, K)
-    counts = raw["levels"].bincount().tolist()
+    found = level_detections(
+        boxes,
+        scores,
+        raw["levels"],
+        image_sizes,
+        score_threshold=score_threshold,
+        candidates=candidates,
+        nms_threshold=nms_threshold,
+        max_detections=max_detections,
+    )
+    return [(Detections(one.boxes, one.labels, one.scores.sqrt()), rows) for one, rows in found]
+
+
+def fcos_boxes(raw: dict[str, Tensor]) -> Tensor:
+    """Boxes (N, A, 4) in pixels, float32, not cut to the image; ``raw`` as of ``fcos_detections``."""
+    return boxes_of(raw["distances"].float() * raw["strides"].float()[:, None], raw["points"].float())
+
+
+def level_detections(
+    boxes: Tensor,
+    scores: Tensor,
+    levels: Tensor,
+    image_sizes: Sequence[tuple[int, int]],
+    *,
+    score_threshold: float,
+    candidates: int,
+    nms_threshold: float,
+    max_detections: int,
+) -> list[tuple[Detections, Tensor]]:
+    """Of each image its detections, boxes cut to ``image_sizes`` (height, width), and their rows (D,).
+
+    Args:
+        boxes: (N, A, 4).
+        scores: (N, A, K).
+        levels: (A,), the number of each row's map, in order.
+        image_sizes: of the images before they were padded.
+        score_threshold: what does not score more is dropped.
+        candidates: pairs of row and class of each map that go on.
+        nms_threshold: overlap above which the lower score of a class goes.
+        max_detections: of an image.
+    """
+    boxes = clip_boxes(boxes, torch.tensor(image_sizes, device=boxes.device))
+    counts = levels.bincount().tolist()
     found = []
     for box, score in zip(boxes, scores, strict=True):
         parts = [_leading(part, score_threshold, candidates) for part in score.split(counts)]
@@ -225,7 +265,7 @@ def fcos_detections(
             nms_threshold=nms_threshold,
             max_detections=max_detections,
         )
-        found.append((Detections(kept, label, value.sqrt()), row))
+        found.append((Detections(kept, label, value), row))
     return found
 
 

@@ -225,6 +225,7 @@ GLOSSARY: dict[str, str] = {
     "loss_weight": "what a whole loss is multiplied by",
     "box_weights": "weights of the four numbers of a box code",
     "localisation": "loss of box codes",
+    "region_loss": "both losses of a second stage, as one module",
     "weighted": "whether each pair has a pace of its own",
     "margin": "distance that a pair must keep, the paper's m; of a crop: its border",
     "alpha": "weight of the second term of a loss",
