@@ -19,7 +19,8 @@ def pyramid_level(boxes: Tensor, strides: Sequence[int], *, canonical_size: floa
     side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
     level = torch.floor(4 + torch.log2(side / canonical_size) + 1e-6)
     first = strides[0].bit_length() - 1
-    return level.clamp(first, first + len(strides) - 1).long() - first  # (R,)
+    last = first + len(strides) - 1
+    return level.clamp(first, last).long().clamp(first, last) - first  # (R,); what is not a number is on the finest
 
 
 def pool_regions(
