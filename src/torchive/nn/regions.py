@@ -96,6 +96,13 @@ def region_loss(
     return score, offsets
 
 
+def region_codes(regions: Regions, *, weights: tuple[float, float, float, float] = WEIGHTS) -> Tensor:
+    """The code (R, 4) of each positive region's box relative to the region, zeros for background."""
+    positive = torch.nonzero(regions.labels > 0)[:, 0]
+    code = encode_boxes(regions.truth[positive], regions.boxes[positive], weights)
+    return torch.zeros_like(regions.boxes).index_copy(0, positive, code)
+
+
 def offset_errors(
     deltas: Tensor,
     regions: Regions,
@@ -177,6 +184,7 @@ def decode_regions(
     nms_threshold: float = 0.5,
     max_detections: int = 100,
     soft_sigma: float | None = None,
+    sigmoid: bool = False,
     weights: tuple[float, float, float, float] = WEIGHTS,
 ) -> list[Detections]:
     """One ``Detections`` per image, boxes in pixels of ``image_sizes`` (height, width); suppression within each class.
@@ -188,11 +196,13 @@ def decode_regions(
         image_sizes: of the images that went in.
         score_threshold, nms_threshold, max_detections: as of ``best_detections``.
         soft_sigma: lower the scores of what overlaps, as ``soft_detections`` does, instead of dropping it.
+        sigmoid: whether each class's logit is a score of its own; the background's is left out then.
         weights: of the box code.
     """
     proposals, valid = raw["proposals"].float(), raw["proposal_scores"] >= 0  # (N, P, 4), (N, P)
     if "class_logits" in raw:
-        scores = raw["class_logits"].float().softmax(-1)[..., 1:]  # (N, P, K)
+        logits = raw["class_logits"].float()
+        scores = (logits.sigmoid() if sigmoid else logits.softmax(-1))[..., 1:]  # (N, P, K)
         deltas = raw["box_deltas"].float().unflatten(2, (-1, 4))
         deltas = deltas[:, :, 1:] if deltas.shape[2] > 1 else deltas
         boxes = clip_boxes(decode_boxes(deltas, proposals[:, :, None], weights), raw["sizes"])
