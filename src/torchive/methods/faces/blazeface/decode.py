@@ -1,0 +1,110 @@
+"""From raw outputs to faces: boxes and key points, averaged over those that overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from torchive.ops.boxes import clip_boxes, keep_after_nms
+from torchive.ops.images import fit_boxes
+from torchive.structures import Detections
+
+Blending = Literal["top", "mean", "none"]
+
+#: Largest class logit that counts, as in the released graph.
+CLIP = 100.0
+
+
+def shapes_of(deltas: Tensor, anchors: Tensor) -> Tensor:
+    """Boxes and points (..., 4 + 2 P), xyxy and P times xy, of raw outputs relative to the anchors' centres.
+
+    Args:
+        deltas: (..., 4 + 2 P): place of the box's centre, its width and height, places of the points, in pixels.
+        anchors: (..., 4), xyxy in pixels.
+    """
+    centre = (anchors[..., :2] + anchors[..., 2:]) / 2
+    half = deltas[..., 2:4] / 2
+    middle = deltas[..., :2] + centre
+    points = deltas[..., 4:].unflatten(-1, (-1, 2)) + centre[..., None, :]
+    return torch.cat([middle - half, middle + half, points.flatten(-2)], -1)
+
+
+def blend(
+    shapes: Tensor, scores: Tensor, groups: Tensor, *, threshold: float = 0.3, blending: Blending = "top"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One shape for all that overlap: the mean of their numbers, weighted by their scores.
+
+    The best one takes all that overlap it by more than ``threshold``, then the best one left, and so on: each shape
+    belongs to the first of the boxes which suppression keeps that it overlaps.
+
+    Args:
+        shapes: (M, 4 + D), xyxy boxes with further numbers behind, such as points; highest score first.
+        scores: (M,), above zero, falling.
+        groups: (M,), numbers of the classes; nothing is averaged over two.
+        threshold: overlap.
+        blending: the score of a mean is its group's "top" one, as in the released graph, or the group's "mean"; or
+            "none" for plain suppression.
+
+    Returns:
+        Shapes (L, 4 + D), scores (L,), and the rows (L,) of the best of each group.
+    """
+    boxes = shapes[:, :4]
+    kept = keep_after_nms(boxes, scores, groups, threshold)
+    rows = torch.nonzero(kept)[:, 0]  # (L,)
+    if blending == "none":
+        return shapes[rows], scores[rows], rows
+    near = (box_iou(boxes[rows], boxes) > threshold) & (groups[rows, None] == groups)  # (L, M)
+    near[torch.arange(len(rows), device=rows.device), rows] = True
+    first = near & (near.cumsum(0) == 1)
+    weight = first * scores  # (L, M)
+    total = weight.sum(1)
+    mean = weight @ shapes / total[:, None]
+    return mean, scores[rows] if blending == "top" else total / first.sum(1), rows
+
+
+def decode(
+    raw: dict[str, Tensor],
+    image_sizes: Sequence[tuple[int, int]],
+    *,
+    score_threshold: float = 0.05,
+    candidates: int = 200,
+    overlap: float = 0.3,
+    blending: Blending = "top",
+    max_detections: int = 100,
+) -> list[Detections]:
+    """One ``Detections`` with ``keypoints`` per image, in pixels of ``image_sizes`` (height, width).
+
+    The ``candidates`` best pairs of anchor and class above the threshold are blended within each class; then the best.
+
+    Raises:
+        ValueError: an unknown ``blending``.
+    """
+    if blending not in ("top", "mean", "none"):
+        raise ValueError(f"blending must be top, mean or none, got {blending!r}")
+    wide = torch.promote_types(raw["deltas"].dtype, torch.float32)
+    shapes = shapes_of(raw["deltas"].to(wide), raw["anchors"].to(wide))  # (N, A, 4 + 2 P)
+    scores = raw["logits"].to(wide).clamp(-CLIP, CLIP).sigmoid()  # (N, A, K)
+    best, where = scores.flatten(1).topk(min(candidates, scores[0].numel()), dim=1)  # (N, candidates)
+    canvas = (int(raw["canvas"][0]), int(raw["canvas"][1]))
+    found = []
+    for shape, score, index, size in zip(shapes, best, where, image_sizes, strict=True):
+        rows = torch.div(index, scores.shape[2], rounding_mode="floor")
+        shape = torch.cat([_fitted(shape[rows, :4], size, canvas), _fitted(shape[rows, 4:], size, canvas)], 1)
+        sure = (score > score_threshold) & (shape[:, 2:4] > shape[:, :2]).all(1)
+        shape, score, group = shape[sure], score[sure], (index % scores.shape[2])[sure]
+        shape, score, rows = blend(shape, score, group, threshold=overlap, blending=blending)
+        order = score.argsort(descending=True, stable=True)[:max_detections]
+        shape, score, label = shape[order], score[order], group[rows][order] + 1
+        box = clip_boxes(shape[None, :, :4], shape.new_tensor([size]))[0]
+        found.append(Detections(box, label, score, keypoints=shape[:, 4:].unflatten(1, (-1, 2))))
+    return found
+
+
+def _fitted(values: Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> Tensor:
+    """Pairs of x and y (L, 2 P) in the frame as pairs in the image."""
+    pairs = values.unflatten(1, (-1, 2)).repeat(1, 1, 2)
+    return fit_boxes(pairs, size, canvas, back=True)[..., :2].flatten(1)
