@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.ops import clip_boxes_to_image
+
+from torchive.ops.suppression import best_detections
 
 
 class ExchangedRoIHeads(RoIHeads):
@@ -37,6 +40,29 @@ class ExchangedRoIHeads(RoIHeads):
         if drawn:
             losses["loss_classifier"], losses["loss_box_reg"] = self.region_loss(*given[0], *drawn)
         return result, losses
+
+
+class SigmoidRoIHeads(ExchangedRoIHeads):
+    """A second stage that scores each class by a sigmoid of its own; the first column, the background's, is left."""
+
+    def postprocess_detections(
+        self, class_logits: Tensor, box_regression: Tensor, proposals: Any, image_shapes: Any
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """As torchvision's: boxes, scores and labels of each image."""
+        counts = [len(proposal) for proposal in proposals]
+        scores = class_logits[:, 1:].sigmoid().split(counts)
+        boxes = self.box_coder.decode(box_regression, proposals)[:, 1:].split(counts)  # (R, K, 4)
+        rows = []
+        for box, score, shape in zip(boxes, scores, image_shapes, strict=True):
+            kept, label, sure, _ = best_detections(
+                clip_boxes_to_image(box, shape),
+                score,
+                score_threshold=self.score_thresh,
+                nms_threshold=self.nms_thresh,
+                max_detections=self.detections_per_img,
+            )
+            rows.append((kept, sure, label))
+        return tuple(list(column) for column in zip(*rows, strict=True))  # type: ignore[return-value]
 
 
 def exchange_region_loss(stage: RoIHeads, loss: nn.Module, cls: type[ExchangedRoIHeads] = ExchangedRoIHeads) -> None:

@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import detection
 
+from torchive.methods.detection.faster_rcnn import FasterRCNN
 from torchive.methods.losses.eql import (
     PRESETS,
     EqualizationLoss,
     detection_scores,
+    equalize,
     image_counts,
     tail_ratio,
     tail_threshold,
@@ -21,6 +24,7 @@ from torchive.methods.losses.eql import (
 from torchive.methods.losses.focal_loss import FocalLoss
 from torchive.methods.training.decoupling import Decoupling, shot_accuracy
 from torchive.nn.prior import init_classifier
+from torchive.nn.sigmoid_classes import SigmoidRegionLoss
 from torchive.structures import Batch
 
 COUNTS = [500, 300, 150, 40, 8, 2]  # of 1,000: the last three hold 5 %
@@ -178,6 +182,70 @@ def test_images_are_counted_not_instances(tmp_path):
     assert image_counts(path) == ([2, 2, 0], 4)
     with pytest.raises(ValueError, match="there is no categories"):
         image_counts({"images": [], "annotations": []})
+
+
+def test_in_torchvisions_detectors() -> None:
+    """One line for Faster and Mask R-CNN; a rare class is pushed down by background alone, all else stays."""
+    options = {"weights": None, "weights_backbone": None, "num_classes": 4, "min_size": 64, "max_size": 96}
+    counts = [500, 300, 4]
+    target = {
+        "boxes": torch.tensor([[4.0, 5, 50, 40], [20, 10, 60, 60]]),
+        "labels": torch.tensor([1, 2]),
+        "masks": torch.ones(2, 64, 64, dtype=torch.uint8),
+    }
+    for make in (detection.fasterrcnn_mobilenet_v3_large_320_fpn, detection.maskrcnn_resnet50_fpn):
+        model = make(**options)
+        kept = {k: v.clone() for k, v in model.state_dict().items() if "box_predictor" not in k}
+        assert equalize(model, counts) is model
+        now = model.state_dict()
+        assert all(torch.equal(now[k], v) for k, v in kept.items())
+        assert now["roi_heads.box_predictor.cls_score.weight"].shape[0] == 3
+        names = set(model.train()([torch.rand(3, 64, 64)], [target]))
+        assert names >= {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+        assert ("loss_mask" in names) == ("mask" in make.__name__)
+    # of regions of objects only the rare class's column has no gradient, of background it has
+    model = equalize(detection.fasterrcnn_mobilenet_v3_large_320_fpn(**options), counts)
+    layer = model.roi_heads.box_predictor.cls_score
+    loss = model.roi_heads.region_loss
+    for labels, learns in ((torch.tensor([1, 2, 1, 2]), False), (torch.tensor([0, 1, 0, 2]), True)):
+        logits = F.pad(layer(torch.randn(4, 1024)), (1, 0))
+        gradient = torch.autograd.grad(loss(logits, torch.zeros(4, 16), labels, torch.zeros(4, 4))[0], layer.bias)[0]
+        assert bool(gradient[2] != 0) == learns
+        assert bool((gradient[:2] != 0).all())
+    found = model.eval()([torch.rand(3, 64, 64)])[0]
+    assert len(found["scores"]) <= 300
+    assert model.roi_heads.score_thresh == 1e-4
+    with pytest.raises(ValueError, match="expected 3 class counts, without the background, got 4"):
+        equalize(detection.fasterrcnn_mobilenet_v3_large_320_fpn(**options), [*counts, 1])
+    with pytest.raises(TypeError, match="got RetinaNet"):
+        equalize(detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None), counts)
+
+
+def test_in_the_faster_rcnn_of_this_package() -> None:
+    """The loss of its second stage is the authors' formula on its sampled regions."""
+    loss = SigmoidRegionLoss(EqualizationLoss(class_counts=[9, 9, 1], tail_share=0.1, reduction="none"))
+    net = FasterRCNN(
+        backbone="timm/test_efficientnet",
+        channels=8,
+        hidden=16,
+        num_classes=3,
+        classification="sigmoid",
+        region_loss=loss,
+    )
+    seen: list[Tensor] = []
+    loss.register_forward_pre_hook(lambda _module, given: seen.extend(given))
+    target = {"boxes": torch.tensor([[4.0, 5, 50, 40], [20, 10, 60, 60]]), "labels": torch.tensor([1, 3])}
+    found = net.losses([torch.rand(3, 64, 64)], [target])["loss_classifier"]
+    logits, labels = seen[0].detach(), seen[2]
+    total = 0.0
+    for row, k in zip(logits.tolist(), labels.tolist(), strict=True):
+        for j in (1, 2, 3):
+            p = 1 / (1 + math.exp(-row[j]))
+            if j == 3 and k in (1, 2):
+                continue
+            total -= math.log(p if j == k else 1 - p)
+    assert set(labels.tolist()) >= {0, 1, 3}
+    assert float(found) == pytest.approx(total / len(labels), rel=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["sigmoid", "softmax"])

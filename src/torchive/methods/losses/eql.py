@@ -24,6 +24,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+
+from torchive.nn.exchanged_heads import SigmoidRoIHeads, exchange_region_loss
+from torchive.nn.sigmoid_classes import SigmoidPredictor, SigmoidRegionLoss
 
 #: The paper's settings: LVIS v0.5 and, as reported for the softmax form, CIFAR-100-LT and ImageNet-LT.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -73,6 +78,49 @@ def detection_scores(logits: Tensor) -> Tensor:
     """(R, K) sigmoid logits as (R, K + 1) scores, the last column zero, for decoders that expect a background."""
     scores = logits.sigmoid()
     return torch.cat([scores, scores.new_zeros(len(scores), 1)], 1)
+
+
+def equalize(
+    model: nn.Module,
+    class_counts: Sequence[int],
+    *,
+    threshold: float | None = None,
+    tail_share: float = 0.1,
+    total: int | None = None,
+    prior: float = 0.001,
+    score_threshold: float = 1e-4,
+    max_detections: int = 300,
+) -> nn.Module:
+    """Give torchvision's Faster or Mask R-CNN the detection form of the loss, in place, and return the model.
+
+    The second stage's last layers are new: K sigmoids without a background, at the paper's start. All else keeps its
+    weights and names, and ``model(images, targets)`` its losses' names; a prediction has the sigmoids for scores.
+
+    Args:
+        model: with K + 1 classes, the background among them.
+        class_counts: of the K classes; how many images hold each (``image_counts``).
+        threshold, tail_share, total: as of ``EqualizationLoss``.
+        prior: score of every class at the start.
+        score_threshold, max_detections: of predictions.
+
+    Raises:
+        TypeError: another model. ValueError: counts of another number of classes.
+    """
+    if not isinstance(model, FasterRCNN) or not isinstance(model.roi_heads.box_predictor, FastRCNNPredictor):
+        raise TypeError(
+            f"expected torchvision's FasterRCNN with its own layers, got {type(model).__name__}"
+        )
+    stage, old = model.roi_heads, model.roi_heads.box_predictor.cls_score
+    classes = old.out_features - 1
+    if len(class_counts) != classes:
+        raise ValueError(f"expected {classes} class counts, without the background, got {len(class_counts)}")
+    loss = EqualizationLoss(
+        class_counts=class_counts, threshold=threshold, tail_share=tail_share, total=total, reduction="none"
+    )
+    exchange_region_loss(stage, SigmoidRegionLoss(loss).to(old.weight.device), SigmoidRoIHeads)
+    stage.box_predictor = SigmoidPredictor(old.in_features, classes, prior=prior).to(old.weight)
+    stage.score_thresh, stage.detections_per_img = score_threshold, max_detections
+    return model
 
 
 class EqualizationLoss(nn.Module):

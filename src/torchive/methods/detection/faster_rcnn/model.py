@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from torchive.nn.pyramid import Pyramid, SingleMap, VGGFeatures
 from torchive.nn.region_proposals import RegionProposals
-from torchive.nn.regions import RegionStage, decode_regions, image_of, region_loss, sample_regions
+from torchive.nn.regions import RegionStage, decode_regions, image_of, region_codes, region_loss, sample_regions
+from torchive.nn.sigmoid_classes import SigmoidPredictor, SigmoidRegionLoss
 from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
 from torchive.structures import Detections
 
@@ -44,6 +45,11 @@ class FasterRCNN(nn.Module):
         stages: 2, or 1 for the baseline that takes the proposals as detections (K must be 1).
         condition_channels: width of a vector that modulates the RPN's 3x3 convolution; 0, the default, is the
             standard RPN.
+        classification: one "softmax" over K + 1, the published loss, or K "sigmoid"s without a background.
+        prior: with sigmoids, the score of every class at the start.
+        region_loss: module of class logits (R, K + 1), deltas (R, 4 (K + 1)), labels (R,), 0 for background, and codes
+            (R, 4), to the two losses of the second stage; the published ones, or binary cross-entropy and smooth L1,
+            if None.
 
     Raises:
         ValueError: an argument outside the above.
@@ -71,6 +77,9 @@ class FasterRCNN(nn.Module):
         rois_per_image: int | None = None,
         stages: Literal[1, 2] = 2,
         condition_channels: int = 0,
+        classification: Literal["softmax", "sigmoid"] = "softmax",
+        prior: float = 0.001,
+        region_loss: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 1 or (stages == 1 and num_classes != 1):
@@ -79,6 +88,8 @@ class FasterRCNN(nn.Module):
             raise ValueError(
                 f"expected stages 1 or 2 and rpn_normalisation paper or sampled, got {stages} and {rpn_normalisation!r}"
             )
+        if classification not in ("softmax", "sigmoid"):
+            raise ValueError(f"classification must be softmax or sigmoid, got {classification!r}")
         pyramid = backbone != "vgg16" if pyramid is None else pyramid
         self.num_classes, self.in_channels, self.image_size, self.stages = num_classes, in_channels, image_size, stages
         self.condition_channels = condition_channels
@@ -106,7 +117,11 @@ class FasterRCNN(nn.Module):
         )
         self.roi_heads: RegionStage | None = None
         if stages == 2:
-            self.roi_heads = RegionStage(levels[0].channels, num_classes, hidden=hidden or (1024 if pyramid else 4096))
+            hidden = hidden or (1024 if pyramid else 4096)
+            box = SigmoidPredictor(hidden, num_classes, prior=prior) if classification == "sigmoid" else None
+            self.roi_heads = RegionStage(levels[0].channels, num_classes, hidden=hidden, box_predictor=box)
+        self.sigmoid = classification == "sigmoid"
+        self.region_loss = SigmoidRegionLoss() if self.sigmoid and region_loss is None else region_loss
 
     def forward(self, inputs: Tensor | Sequence[Tensor], condition: Tensor | None = None) -> dict[str, Tensor]:
         """Raw outputs, P proposals of each image in fixed shapes.
@@ -142,14 +157,19 @@ class FasterRCNN(nn.Module):
             proposals = self.rpn.training_proposals(raw, maps, sizes)
             regions = sample_regions(proposals, targets, count=self.rois_per_image)
             logits, deltas = self._second(maps, regions.boxes, regions.image)
-            losses["loss_classifier"], losses["loss_box_reg"] = region_loss(logits, deltas, regions)
+            if self.region_loss is None:
+                losses["loss_classifier"], losses["loss_box_reg"] = region_loss(logits, deltas, regions)
+            else:
+                losses["loss_classifier"], losses["loss_box_reg"] = self.region_loss(
+                    logits, deltas, regions.labels, region_codes(regions)
+                )
         return losses
 
     def decode(
         self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
     ) -> list[Detections]:
         """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
-        return decode_regions(raw, image_sizes, **options)
+        return decode_regions(raw, image_sizes, sigmoid=self.sigmoid, **options)
 
     def predict(
         self,
@@ -161,7 +181,7 @@ class FasterRCNN(nn.Module):
         max_detections: int = 100,
     ) -> list[Detections]:
         """One ``Detections`` per image, boxes in pixels of the image that went in."""
-        return decode_regions(
+        return self.decode(
             self(inputs, condition),
             image_sizes(inputs),
             score_threshold=score_threshold,
