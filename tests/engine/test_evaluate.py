@@ -64,6 +64,8 @@ def test_detection_in_cases_known_by_hand() -> None:
     perfect = scored(*_objects(0.0, [0.9, 0.8]))
     assert perfect["map"] == pytest.approx(1.0)
     assert perfect["map/cat"] == pytest.approx(1.0)
+    assert perfect["map_medium"] == pytest.approx(1.0)  # both have 50 x 50 and 80 x 50 pixels
+    assert not {"map_small", "map_large"} & set(perfect)
     shifted = scored(*_objects(10.0, [0.9, 0.8]))  # overlaps 0.47 and 0.54
     assert shifted["map_50"] == pytest.approx(0.5)
     assert shifted["map_75"] == pytest.approx(0.0)

@@ -14,6 +14,7 @@ from torchive.structures import Detections
 
 IGNORED = 255
 _AVERAGES = ("map", "map_50", "map_75", "map_80_90", "mar_100")
+_SIZES = ("map_small", "map_medium", "map_large")  # up to 32 x 32 pixels, up to 96 x 96, above
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ METRICS: dict[str, Metric] = {
         Metric("map_75", True, "detection"),
         Metric("map_80_90", True, "detection"),
         Metric("mar_100", True, "detection"),
+        *(Metric(name, True, "detection") for name in _SIZES),
         Metric("score_overlap", True, "detection", "rank correlation"),
         Metric("mask_map", True, "detection"),
         Metric("knn_accuracy", True, "selfsupervised"),
@@ -136,6 +138,9 @@ def _detection(
             continue
         values = _coco(records, kind)
         result |= {f"{prefix}{name}": float(values[name]) for name in _AVERAGES}
+        result |= {
+            f"{prefix}{name}": float(values[name]) for name in _SIZES if values[name] >= 0
+        }  # -1: none of this size
         each = zip(values["classes"].reshape(-1).tolist(), values["map_per_class"].reshape(-1).tolist(), strict=True)
         if prefix == "" and len(classes) > 1:
             named = {classes[label - 1]: value for label, value in each if 1 <= label <= len(classes)}
@@ -161,7 +166,7 @@ def _coco(records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], kind: 
     tight = tight[tight > -1]
     found["map_80_90"] = tight.mean() if len(tight) else torch.tensor(0.0)
     return {
-        key: value if key in ("classes", "map_per_class") else value.clamp_min(0)
+        key: value if key in ("classes", "map_per_class", *_SIZES) else value.clamp_min(0)
         for key, value in found.items()
         if isinstance(value, Tensor)
     }
