@@ -1,4 +1,4 @@
-"""EHSOD: what learns from which images, slow references of its losses, the reduction to Cascade R-CNN, and the ranking."""
+"""EHSOD: what learns from which images, slow references, the reduction to Cascade R-CNN, and the ranking."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def image_loss(cams: Sequence[Tensor], present: Tensor, kind: Literal["softmax",
 def heat_map(
     target: dict[str, Tensor], grid: Sequence[int], stride: int, num_classes: int, centre_ratio: float
 ) -> Tensor:
-    """Which cells (K, h, w) have their centre in a box of the class; the boxes' sides are multiplied by ``centre_ratio``."""
+    """Which cells (K, h, w) have their centre in a box of the class; of its sides ``centre_ratio`` counts."""
     boxes = target["boxes"]
     centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) * centre_ratio / 2
     low, high = centre - half, centre + half

@@ -92,7 +92,8 @@ class EHSOD(nn.Module):
             )
         if not 0 < centre_ratio <= 1 or cam_weight < 0 or image_weight < 0:
             raise ValueError(
-                f"expected centre_ratio above 0 and at most 1, and weights >= 0, got {centre_ratio}, {cam_weight}, {image_weight}"
+                "expected centre_ratio above 0 and at most 1, and weights >= 0, "
+                f"got {centre_ratio}, {cam_weight}, {image_weight}"
             )
         self.num_classes, self.in_channels, self.image_size = num_classes, in_channels, image_size
         self.cam_weight, self.image_weight, self.cam_loss = cam_weight, image_weight, cam_loss
