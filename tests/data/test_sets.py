@@ -167,6 +167,14 @@ def test_scenes_are_exact_and_share_no_picture() -> None:
         assert torch.equal(again[3].image, part[3].image)
     for one, other in combinations(SPLITS, 2):
         assert not used[one] & used[other]
+    labels = parts["val"].object_labels
+    assert len(labels) == 200
+    assert all(labels[i] == parts["val"][i].target["labels"].tolist() for i in range(10))
+    rare = parts["val"].with_shares([1, 0, 0, 0, 0, 0, 0.05])
+    counts = np.bincount([label for found in rare.object_labels for label in found], minlength=8)
+    assert counts[2:7].tolist() == [0] * 5
+    assert 0 < counts[7] < 0.1 * counts[1]
+    assert all(rare.object_labels[i] == rare[i].target["labels"].tolist() for i in range(10))
 
 
 @pytest.mark.data

@@ -123,6 +123,29 @@ def test_recipes_select_the_training_split_alone(monkeypatch: pytest.MonkeyPatch
     assert not set(train_split.classes) & set(test_split.classes)
 
 
+def test_a_composed_set_draws_its_classes_along_the_tail() -> None:
+    class Composed(Labelled):
+        task = "detection"
+        shares: tuple[float, ...] = ()
+
+        def with_shares(self, shares: list[float]) -> Composed:
+            other = Composed([5, 5, 5, 5], "train")
+            other.shares = tuple(shares)
+            return other
+
+    samples = Composed([5, 5, 5, 5], "train")
+    tail = long_tail(samples, 27)
+    along = [tail.shares[k] for k in tail_order(samples.classes, 0)]
+    assert along == pytest.approx([1, 1 / 3, 1 / 9, 1 / 27])
+    assert long_tail(samples, 27, seed=3).shares != tail.shares
+    half = long_tail(Subset(samples, [1, 4]), 27)
+    assert (half.indices, half.samples.shares) == ([1, 4], tail.shares)
+    photographs = Labelled([5, 5], "train")
+    photographs.task = "detection"
+    with pytest.raises(RecipeError, match="or images that are composed; this set is for detection"):
+        long_tail(photographs, 10)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -66,11 +66,14 @@ def long_tail(samples: SampleSet, ratio: float, *, seed: int = 0) -> SampleSet:
     """A set whose classes are thinned out exponentially; see ``tail_counts`` and ``tail_order``.
 
     In each class the samples whose ids come first by their hash stay, so that a longer tail is a part of a shorter one
-    wherever its head is not larger.
+    wherever its head is not larger. A detection set that composes its images draws the objects' classes with these
+    shares instead; photographs cannot be thinned out so, since most show more than one class.
 
     Raises:
         RecipeError: the samples have no classes, or a class has no sample.
     """
+    if samples.task == "detection":
+        return _composed_tail(samples, ratio, seed)
     _require_classes(samples, "data.imbalance")
     members: list[list[int]] = [[] for _ in samples.classes]
     for index, label in enumerate(labels_of(samples)):
@@ -83,6 +86,21 @@ def long_tail(samples: SampleSet, ratio: float, *, seed: int = 0) -> SampleSet:
     for k, count in zip(order, tail_counts([len(members[k]) for k in order], ratio), strict=True):
         kept += sorted(members[k], key=lambda i: unit(samples.ids[i], seed=1))[:count]
     return Subset(samples, sorted(kept))
+
+
+def _composed_tail(samples: SampleSet, ratio: float, seed: int) -> SampleSet:
+    if isinstance(samples, Subset):
+        return Subset(_composed_tail(samples.samples, ratio, seed), samples.indices)
+    if not hasattr(samples, "with_shares"):
+        raise RecipeError(
+            f"{samples.name}: data.imbalance needs a class for each sample, or images that are composed; "
+            f"this set is for {samples.task}"
+        )
+    shares = [0.0] * len(samples.classes)
+    for rank, k in enumerate(tail_order(samples.classes, seed)):
+        shares[k] = ratio ** (-rank / max(len(shares) - 1, 1))
+    tail: SampleSet = samples.with_shares(shares)
+    return tail
 
 
 def held_out_classes(classes: Sequence[str], held_out: int | Sequence[str], seed: int) -> set[str]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -53,16 +56,23 @@ def load(split: str) -> Scenes:
 
 
 class Scenes:
-    """Scenes (3, 320, 320) with boxes, labels and visible masks of one to six objects."""
+    """Scenes (3, 320, 320) with boxes, labels and visible masks of one to six objects.
+
+    Args:
+        folder: of the prepared pictures.
+        split: of which.
+        shares: chance of each class to be drawn; all alike if None.
+    """
 
     left_out: tuple[Fault, ...] = ()
     channels = 3
 
-    def __init__(self, folder: Path, split: str) -> None:
+    def __init__(self, folder: Path, split: str, shares: Sequence[float] | None = None) -> None:
         self.name, self.task, self.classes = _INFO.name, _INFO.task, _INFO.classes
         self.licence, self.origin = _INFO.licence, _INFO.origin
         table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
-        self.split = split
+        self.folder, self.split = folder, split
+        self.shares = None if shares is None else tuple(share / sum(shares) for share in shares)
         self.cutouts = [entry for entry in table["cutouts"] if entry["split"] == split]
         self.photos = [entry for entry in table["photos"] if entry["split"] == split]
         self.pixels = MappedArray(folder / "pixels.npy")
@@ -86,17 +96,37 @@ class Scenes:
         """The share (L, H, W), in [0, 1], that each object has in each pixel after those in front of it."""
         return torch.from_numpy(self._compose(index)[1])
 
-    def _compose(self, index: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[int]]:
+    def with_shares(self, shares: Sequence[float]) -> Scenes:
+        """Scenes whose objects are drawn with these chances of the classes, as a long tail."""
+        return Scenes(self.folder, self.split, shares)
+
+    @cached_property
+    def object_labels(self) -> list[list[int]]:
+        """The labels of each scene's objects; worked out once and kept beside the prepared pictures."""
+        key = key_seed("labels", self.split, str(self.shares), len(self)) if self.shares else self.split
+        path = self.folder / f"labels-{key}.json"
+        if not path.exists():
+            labels = [[int(label) for label in self._compose(index, picture=False)[2]] for index in range(len(self))]
+            partial = path.with_name(f"{path.name}.{os.getpid()}")
+            partial.write_text(json.dumps(labels), encoding="utf-8")
+            partial.replace(path)
+        found: list[list[int]] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+
+    def _compose(
+        self, index: int, *, picture: bool = True
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], list[int]]:
+        """Image, shares and labels; without ``picture`` the image is left empty and the draws are the same."""
         draw = np.random.default_rng(key_seed("scenes", self.split, index))
-        canvas = self._background(draw)  # (H, W, 3) float32
+        canvas = self._background(draw, picture)  # (H, W, 3) float32
         shares: list[np.ndarray[Any, Any]] = []
         own: list[float] = []
         labels: list[int] = []
         wanted = int(draw.integers(1, 7))
         for _ in range(3 * wanted):
-            kind = self.classes[draw.integers(len(self.classes))]
+            kind = self._kind(draw)
             choices = [entry for entry in self.cutouts if entry["class"] == kind]
-            colour, alpha = self._cutout(choices[draw.integers(len(choices))], draw)
+            colour, alpha = self._cutout(choices[draw.integers(len(choices))], draw, picture)
             layer = _place(alpha, draw)
             front = layer[0]
             area = float((front > 0.5).sum())
@@ -107,40 +137,54 @@ class Scenes:
             own.append(area)
             labels.append(self.classes.index(kind) + 1)
             (top, left), (height, width) = layer[1], alpha.shape
-            part = canvas[top : top + height, left : left + width]
-            part += alpha[..., None] * (colour - part)
+            if picture:
+                part = canvas[top : top + height, left : left + width]
+                part += alpha[..., None] * (colour - part)
             if len(labels) == wanted:
                 break
         image = np.ascontiguousarray(canvas.round().clip(0, 255).astype(np.uint8).transpose(2, 0, 1))
         return image, np.stack(shares), labels
 
+    def _kind(self, draw: np.random.Generator) -> str:
+        if self.shares is None:
+            return self.classes[draw.integers(len(self.classes))]
+        drawn = int(np.searchsorted(np.cumsum(self.shares), draw.random(), side="right"))
+        return self.classes[min(drawn, len(self.classes) - 1)]
+
     def _pixels(self, entry: dict[str, Any], channels: int) -> np.ndarray[Any, Any]:
         start, height, width = entry["start"], entry["height"], entry["width"]
         return np.asarray(self.pixels[start : start + height * width * channels]).reshape(height, width, channels)
 
-    def _background(self, draw: np.random.Generator) -> np.ndarray[Any, Any]:
-        photo = self._pixels(self.photos[draw.integers(len(self.photos))], 3)
-        side = int(draw.integers(_SIZE, min(photo.shape[:2]) + 1))
-        top, left = (int(draw.integers(0, limit - side + 1)) for limit in photo.shape[:2])
+    def _background(self, draw: np.random.Generator, picture: bool) -> np.ndarray[Any, Any]:
+        entry = self.photos[draw.integers(len(self.photos))]
+        shape = entry["height"], entry["width"]
+        side = int(draw.integers(_SIZE, min(shape) + 1))
+        top, left = (int(draw.integers(0, limit - side + 1)) for limit in shape)
+        mirrored = draw.random() < 0.5
+        if not picture:
+            return np.zeros((0, 0, 3), np.float32)
+        photo = self._pixels(entry, 3)
         part = Image.fromarray(np.ascontiguousarray(photo[top : top + side, left : left + side]))
         pixels = np.asarray(part.resize((_SIZE, _SIZE), Image.Resampling.BICUBIC), np.float32)
-        return np.array(pixels[:, ::-1] if draw.random() < 0.5 else pixels)
+        return np.array(pixels[:, ::-1] if mirrored else pixels)
 
     def _cutout(
-        self, entry: dict[str, Any], draw: np.random.Generator
+        self, entry: dict[str, Any], draw: np.random.Generator, picture: bool
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         pixels = self._pixels(entry, 4)
         longest = max(pixels.shape[:2])
         scale = min(draw.uniform(48, 150) / longest, 1.6)
         size = [max(round(side * scale), 1) for side in (pixels.shape[1], pixels.shape[0])]
         angle = draw.uniform(-20, 20)
+        mirrored = draw.random() < 0.5
         # Colours are scaled with their alpha, or the colour of transparent pixels would bleed into the edge.
         alpha = pixels[..., 3:].astype(np.float32) / 255
-        planes = [*np.moveaxis(pixels[..., :3] * alpha, 2, 0), alpha[..., 0] * 255]
-        turned = [_turn(plane, size, angle) for plane in planes]
-        share = turned[3] / 255
-        colour = np.stack(turned[:3], 2) / np.maximum(share, 1e-3)[..., None]
-        if draw.random() < 0.5:
+        share = _turn(alpha[..., 0] * 255, size, angle) / 255
+        colour = np.zeros((*share.shape, 3), np.float32)
+        if picture:
+            turned = [_turn(plane, size, angle) for plane in np.moveaxis(pixels[..., :3] * alpha, 2, 0)]
+            colour = np.stack(turned, 2) / np.maximum(share, 1e-3)[..., None]
+        if mirrored:
             colour, share = colour[:, ::-1], share[:, ::-1]
         return colour.clip(0, 255), share
 
