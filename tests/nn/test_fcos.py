@@ -215,3 +215,5 @@ def test_sizes_of_interest() -> None:
     assert interest_of(STRIDES).tolist() == [[0, 64], [64, 128], [128, 256], [256, 512], [512, math.inf]]
     with pytest.raises(ValueError, match="expected 4 growing sizes of interest, one fewer than maps, got"):
         interest_of(STRIDES, (64, 32, 128, 256))
+    with pytest.raises(ValueError, match="expected maps whose strides grow from one to the next, got strides"):
+        interest_of((16, 16, 32))

@@ -108,8 +108,10 @@ def interest_of(strides: Sequence[int], sizes: Sequence[float] | None = None) ->
             64, 128, 256, 512.
 
     Raises:
-        ValueError: another number of borders, or borders that do not grow.
+        ValueError: another number of borders, or borders or strides that do not grow.
     """
+    if sorted(set(strides)) != list(strides):
+        raise ValueError(f"expected maps whose strides grow from one to the next, got strides {list(strides)}")
     borders = [8.0 * s for s in strides[:-1]] if sizes is None else [float(s) for s in sizes]
     if len(borders) != len(strides) - 1 or sorted(set(borders)) != borders:
         raise ValueError(f"expected {len(strides) - 1} growing sizes of interest, one fewer than maps, got {borders}")
