@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchive.engine.detection_errors import detection_errors, score_overlap
+from torchive.ops.panoptic import panoptic_quality, quality_counts, true_panoptic
 from torchive.structures import Detections
 
 IGNORED = 255
@@ -45,6 +46,9 @@ METRICS: dict[str, Metric] = {
         *(Metric(name, True, "detection") for name in _SIZES),
         Metric("score_overlap", True, "detection", "rank correlation"),
         Metric("mask_map", True, "detection"),
+        Metric("pq", True, "detection"),
+        Metric("sq", True, "detection"),
+        Metric("rq", True, "detection"),
         Metric("knn_accuracy", True, "selfsupervised"),
         Metric("linear_accuracy", True, "selfsupervised"),
         Metric("verification_accuracy", True, "embedding"),
@@ -70,7 +74,12 @@ def record_of(task: str, prediction: Any, target: Any, classes: int) -> Any:
         return prediction.scores.float().cpu(), int(target)
     if task == "segmentation":
         return confusion(prediction.labels.cpu(), target.cpu(), classes)
-    return _boxes(prediction), {key: value.cpu() for key, value in target.items()}
+    found, target = _boxes(prediction), {key: value.cpu() for key, value in target.items()}
+    if prediction.panoptic is not None and "masks" in target:
+        ids = prediction.panoptic.ids.cpu()
+        truth = true_panoptic(target, classes, ids.shape)
+        found["panoptic"] = quality_counts(replace(prediction.panoptic, ids=ids), truth)
+    return found, target
 
 
 def metrics_of(task: str, records: Sequence[Any], classes: Sequence[str]) -> dict[str, float]:
@@ -145,7 +154,17 @@ def _detection(
         if prefix == "" and len(classes) > 1:
             named = {classes[label - 1]: value for label, value in each if 1 <= label <= len(classes)}
             result |= {f"map/{name}": value for name, value in named.items() if value >= 0}  # -1: no such object
+    if all("panoptic" in found for found, _ in records):
+        result |= _panoptic(torch.stack([found["panoptic"] for found, _ in records]).sum(0), classes)
     return result | {"score_overlap": score_overlap(records)} | detection_errors(records)
+
+
+def _panoptic(counts: Tensor, classes: Sequence[str]) -> dict[str, float]:
+    """Panoptic quality of sums (255, 4), the mean over the categories that occur, and of each thing."""
+    quality = panoptic_quality(counts)
+    mean = quality[~quality[:, 0].isnan()].mean(0).nan_to_num().tolist()
+    things = {f"pq/{name}": float(quality[k, 0]) for k, name in enumerate(classes, 1) if not quality[k, 0].isnan()}
+    return dict(zip(("pq", "sq", "rq"), mean, strict=True)) | things
 
 
 def _coco(records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], kind: str) -> dict[str, Tensor]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-from torchive.nn.regions import Regions
+from torchive.nn.regions import Regions, image_of
 from torchive.ops.masks import crop_masks
 from torchive.ops.roi import pool_regions
 
@@ -70,6 +70,28 @@ def mask_targets(
         scale = (sizes.new_tensor(original) / sizes[k])[[1, 0, 1, 0]]
         parts.append(crop_masks(target["masks"], regions.matched[rows], regions.boxes[rows] * scale, size, **options))
     return torch.cat(parts)
+
+
+def detection_masks(
+    run: Callable[[Tensor, Tensor, Tensor], Tensor], boxes: Tensor, labels: Tensor, scores: Tensor
+) -> Tensor:
+    """The masks (N, D, S, S) of detections in fixed shapes, zero where a row is empty.
+
+    Args:
+        run: boxes (R, 4), their images (R,) and labels (R,) to masks (R, S, S); outside an export it sees only the
+            rows that are not empty.
+        boxes, labels, scores: as of ``fixed_detections``.
+    """
+    images, count = boxes.shape[:2]
+    flat, label, there = boxes.flatten(0, 1), labels.flatten(), scores.flatten() >= 0
+    image = image_of(boxes)
+    if torch.compiler.is_compiling():
+        masks = torch.where(there[:, None, None], run(flat, image, label), 0)
+    else:
+        rows = torch.nonzero(there)[:, 0]
+        found = run(flat[rows], image[rows], label[rows])
+        masks = found.new_zeros(len(flat), *found.shape[1:]).index_copy(0, rows, found)
+    return masks.view(images, count, *masks.shape[1:])
 
 
 def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:

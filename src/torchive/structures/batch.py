@@ -5,8 +5,10 @@ The target of one sample, by task:
 - classification: an ``int``, 0 to K - 1;
 - segmentation: an int64 tensor (H, W) of class indices, 255 where a pixel is ignored;
 - detection: a dict with ``boxes`` (L, 4) float32 xyxy in pixels, ``labels`` (L,) int64 from 1 to K (0 is background, as
-  in torchvision), and optionally ``masks`` (L, H, W) uint8, ``iscrowd`` (L,) and ``area`` (L,); where only some images
-  have boxes, each also has ``has_boxes`` () bool and ``image_labels`` (K,) float, 1 for each class that it shows;
+  in torchvision), and optionally ``masks`` (L, H, W) uint8, ``iscrowd`` (L,) and ``area`` (L,), and ``semantic``
+  (H, W) int64, the class of every pixel: 0 background, 1 to K the things as in ``labels``, above K what else there is,
+  255 where nothing is known (a system that needs it and finds none reads the masks); where only some images have
+  boxes, each also has ``has_boxes`` () bool and ``image_labels`` (K,) float, 1 for each class that it shows;
 - self-supervised: ``None``.
 """
 

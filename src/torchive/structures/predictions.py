@@ -20,11 +20,34 @@ class Classification:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """One segment of a panoptic map: its id there, its category, whether it is a thing, and what is known of it."""
+
+    id: int
+    category: int
+    isthing: bool
+    score: float | None = None
+    area: int | None = None
+    crowd: bool = False
+
+
+@dataclass(frozen=True)
+class Panoptic:
+    """One segment for each pixel: ``ids`` (H, W) int32, 0 for none, and a record of each id.
+
+    Categories 1 to K are things, as detections' labels; 0 is the background and those above K are what else there is.
+    """
+
+    ids: Tensor
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
 class Detections:
     """Objects of one image, highest score first, in pixels of the image that went in.
 
     ``boxes`` (L, 4) xyxy, ``labels`` (L,) from 1 to K, ``scores`` (L,) in [0, 1], ``masks`` (L, H, W) bool or None,
-    ``keypoints`` (L, P, 2), x and y of P points, or None.
+    ``keypoints`` (L, P, 2), x and y of P points, or None, ``panoptic`` the segments of the whole image, or None.
     """
 
     boxes: Tensor
@@ -32,6 +55,7 @@ class Detections:
     scores: Tensor
     masks: Tensor | None = None
     keypoints: Tensor | None = None
+    panoptic: Panoptic | None = None
 
     def __len__(self) -> int:
         return len(self.scores)

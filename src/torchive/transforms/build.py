@@ -176,6 +176,8 @@ class Pipeline:
         if "masks" in target:
             masks = target["masks"]
             target["masks"] = F.resize_mask(masks, list(size)) if len(masks) else masks.new_zeros((0, *size))
+        if "semantic" in target:
+            target["semantic"] = F.resize_mask(target["semantic"][None], list(size))[0]
         return image, target
 
     def finish(self, sample: Sample) -> Sample:
@@ -217,8 +219,7 @@ class Pipeline:
     def _augment_boxes(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
         typed: dict[str, Any] = {**target, "boxes": boxes}
-        if "masks" in target:
-            typed["masks"] = tv_tensors.Mask(target["masks"])
+        typed |= {key: tv_tensors.Mask(target[key]) for key in ("masks", "semantic") if key in target}
         picture: Any = tv_tensors.Image(image)
         for step in self.steps:
             picture, typed = step(picture, typed)

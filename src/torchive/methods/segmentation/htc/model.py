@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torchive.methods.segmentation.htc.mask_cascade import MaskCascade
 from torchive.methods.segmentation.htc.semantic import FusedSemanticBranch
 from torchive.nn.box_cascade import BoxCascade, kept_proposals
-from torchive.nn.mask_head import mask_loss, mask_targets, positive_regions
+from torchive.nn.mask_head import detection_masks, mask_loss, mask_targets, positive_regions
 from torchive.nn.pixel_cross_entropy import PixelCrossEntropy
 from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
-from torchive.nn.regions import image_of
 from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
 from torchive.ops.masks import check_masks, paste_masks, semantic_targets
 from torchive.ops.roi import pool_regions
@@ -219,23 +218,16 @@ class HTC(nn.Module):
             nms_threshold=nms_threshold,
             max_detections=max_detections,
         )
-        raw["masks"] = self._masks(features, raw["boxes"], raw["labels"], raw["scores"])
+        raw["masks"] = detection_masks(
+            lambda boxes, image, labels: self.masks.probabilities(
+                features.for_masks(boxes, image), labels, last=self.mask_from == "last"
+            ),
+            raw["boxes"],
+            raw["labels"],
+            raw["scores"],
+        )
         raw["sizes"] = sizes
         return raw
-
-    def _masks(self, features: Features, boxes: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
-        """The masks (N, D, S, S) of detections, zero where a row is empty."""
-        count, last = boxes.shape[1], self.mask_from == "last"
-        flat, label, there = boxes.flatten(0, 1), labels.flatten(), scores.flatten() >= 0
-        image = image_of(boxes)
-        if torch.compiler.is_compiling():
-            masks = self.masks.probabilities(features.for_masks(flat, image), label, last=last)
-            return torch.where(there[:, None, None], masks, 0).unflatten(0, (-1, count))
-        rows = torch.nonzero(there)[:, 0]
-        found = self.masks.probabilities(features.for_masks(flat[rows], image[rows]), label[rows], last=last)
-        masks = found.new_zeros(len(flat), *found.shape[1:])
-        masks[rows] = found
-        return masks.unflatten(0, (-1, count)) if count else masks.view(*boxes.shape[:2], *found.shape[1:])
 
     def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""
