@@ -290,6 +290,19 @@ def test_a_planned_method_is_refused(recipe: str) -> None:
         compare(next(iter(list_methods(state="planned"))), recipe=recipe, progress=False)
 
 
+def test_a_card_may_name_a_further_recipe() -> None:
+    """The loss of the long tail enters a classifier, and on the detector's recipe its second stage."""
+    for recipe in ("detection/scenes_long_tail", "scenes_long_tail"):
+        baseline, method = make_arms("eql", recipe=recipe)
+        assert baseline.title == "the same Faster R-CNN with binary cross-entropy"
+        assert "region_loss" not in baseline.recipe.model.init_args
+        assert "loss" not in method.recipe.model.init_args
+        assert method.recipe.model.init_args["region_loss"]["class_path"].endswith("SigmoidRegionLoss")
+    plain = make_arms("eql")[1].recipe
+    assert plain.task == "classification"
+    assert plain.model.init_args["loss"]["init_args"] == {"variant": "softmax"}
+
+
 def test_a_dial_compares_at_each_value(run: Callable[..., Comparison], tmp_path: Path) -> None:
     swept: Any = run(tmp_path / "d", dial="train.micro_batch=4,8", budget="3 steps")
     assert list(swept.comparisons) == ["4", "8"]

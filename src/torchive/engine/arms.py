@@ -87,8 +87,8 @@ def make_arms(
     card = get_card(method)
     if card.state != "built":
         raise ComparisonError(f"{card.name} is planned, not built, so it cannot be compared")
-    plan = card.comparison
-    own: Overrides = card_changes(card) if method_overrides is None else method_overrides
+    plan = comparison_plan(card, recipe)
+    own: Overrides = card_changes(card, recipe) if method_overrides is None else method_overrides
     name = recipe or plan.get("recipe") or (DEFAULT_RECIPE if card.contract == "block" else None)
     if name is None:
         raise ComparisonError(f"the card of {card.name} names no recipe; say which, with recipe= or --recipe")
@@ -105,9 +105,16 @@ def make_arms(
     return Arm("baseline", title or _title(first, second), first), Arm("method", short_title(card), second)
 
 
-def card_changes(card: Card) -> dict[str, Any]:
+def comparison_plan(card: Card, recipe: str | None = None) -> dict[str, Any]:
+    """The card's comparison, or the one that it has under ``recipes`` for this recipe."""
+    further: dict[str, dict[str, Any]] = card.comparison.get("recipes", {})
+    fitting = [plan for name, plan in further.items() if recipe and f"/{name}".endswith(f"/{recipe}")]
+    return fitting[0] if fitting else card.comparison
+
+
+def card_changes(card: Card, recipe: str | None = None) -> dict[str, Any]:
     """What a card adds to the recipe for its method; the recipe as it is where the card names a baseline only."""
-    plan = card.comparison
+    plan = comparison_plan(card, recipe)
     if "method" in plan:
         return dict(plan["method"])
     if card.contract == "block":
