@@ -21,23 +21,35 @@ from torchive.ops.matching import hard_negatives, match_default_boxes
 from torchive.structures import Detections
 
 Mode = Literal["softmax", "sigmoid"]
+BoxSet = Literal["paper", "torchvision"]
+
+TORCHVISION_SCALES = (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05)
+TORCHVISION_STEPS = (8, 16, 32, 64, 100, 300)
 
 #: Variances 0.1 and 0.2 as weights of the code.
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
-def source_shapes(sources: int, scales: Sequence[float] | None = None) -> list[list[tuple[float, float]]]:
+def source_shapes(sources: int, box_set: BoxSet = "paper") -> list[list[tuple[float, float]]]:
     """Width and height of the default boxes of a cell, for each source: ratio 3 only between the first source and the
     last two.
 
     Args:
         sources: how many maps there are.
-        scales: one more than there are sources; the paper's if None.
+        box_set: "paper", or "torchvision", the authors' COCO setting of six sources, cut to the image.
     """
     wide = range(1, max(sources - 2, 2)) if sources > 1 else range(1)
     ratios = [(2.0, 3.0) if k in wide else (2.0,) for k in range(sources)]
-    scales = default_scales(sources) if scales is None else scales
-    return [default_shapes(scales[k], scales[k + 1], ratios[k]) for k in range(sources)]
+    scales = default_scales(sources) if box_set == "paper" else list(TORCHVISION_SCALES)
+    shapes = [default_shapes(scales[k], scales[k + 1], ratios[k]) for k in range(sources)]
+    if box_set == "torchvision":
+        shapes = [[(min(w, 1.0), min(h, 1.0)) for w, h in shape] for shape in shapes]
+    return shapes
+
+
+def source_steps(image_size: int, box_set: BoxSet = "paper") -> tuple[float, ...] | None:
+    """Distances of the centres in fractions of the image, for each source; None for one cell, the paper's choice."""
+    return None if box_set == "paper" else tuple(step / image_size for step in TORCHVISION_STEPS)
 
 
 def match_targets(

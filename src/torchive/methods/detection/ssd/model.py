@@ -10,15 +10,12 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
-from torchive.nn.multibox import decode_multibox, match_targets, multibox_loss, source_shapes
+from torchive.nn.multibox import decode_multibox, match_targets, multibox_loss, source_shapes, source_steps
 from torchive.nn.multibox_sources import PyramidSources, VGGSources
 from torchive.nn.prior import init_classifier
 from torchive.ops.anchors import default_boxes
 from torchive.ops.images import check_images, check_targets, image_sizes, stack_resized
 from torchive.structures import Detections
-
-TORCHVISION_SCALES = (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05)
-TORCHVISION_STEPS = (8, 16, 32, 64, 100, 300)
 
 
 class SSD(nn.Module):
@@ -92,14 +89,12 @@ class SSD(nn.Module):
         self.sources = tuple(range(count) if sources is None else sources)
         if not self.sources or min(self.sources) < 0 or max(self.sources) >= count:
             raise ValueError(f"sources must be among 0 to {count - 1}, got {self.sources}")
-        self.steps: tuple[float, ...] | None = None
-        shapes = _shapes(count, default_box_set)
-        if default_box_set == "torchvision":
-            if backbone != "vgg16" or image_size != 300 or sources is not None:
-                raise ValueError(
-                    f"torchvision's default boxes are for all sources of vgg16 at 300, got {backbone!r} at {image_size}"
-                )
-            self.steps = tuple(step / image_size for step in TORCHVISION_STEPS)
+        if default_box_set == "torchvision" and (backbone != "vgg16" or image_size != 300 or sources is not None):
+            raise ValueError(
+                f"torchvision's default boxes are for all sources of vgg16 at 300, got {backbone!r} at {image_size}"
+            )
+        shapes = source_shapes(count, default_box_set)
+        self.steps = source_steps(image_size, default_box_set)
         merged: dict[int, list[tuple[float, float]]] = {k: [] for k in self.sources}
         for k, shape in enumerate(shapes):
             merged[min(self.sources, key=lambda kept: (abs(kept - k), kept))] += shape
@@ -177,11 +172,3 @@ class SSD(nn.Module):
 
     def _resize(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
         return stack_resized(inputs, (self.image_size, self.image_size))
-
-
-def _shapes(count: int, default_box_set: str) -> list[list[tuple[float, float]]]:
-    """Shapes of each source's default boxes."""
-    if default_box_set == "paper":
-        return source_shapes(count)
-    shapes = source_shapes(count, TORCHVISION_SCALES)
-    return [[(min(w, 1.0), min(h, 1.0)) for w, h in shape] for shape in shapes]
