@@ -167,3 +167,20 @@ def test_views_and_other_transforms() -> None:
 def test_wrong_options_are_refused(options: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         transforms.build(**{"task": "classification", "image_size": 16, "train": False, **options})
+
+
+def test_a_semantic_map_follows_boxes_and_masks() -> None:
+    masks = torch.zeros(1, 40, 60, dtype=torch.uint8)
+    masks[0, 10:30, 6:20] = 1
+    semantic = torch.where(masks[0] > 0, 3, 0).long()
+    target = {"boxes": torch.tensor([[6.0, 10, 20, 30]]), "labels": torch.tensor([3]), "masks": masks}
+    sample = Sample(torch.zeros(3, 40, 60, dtype=torch.uint8), {**target, "semantic": semantic}, "one")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        done = transforms.build("detection", image_size=30, train=True, augment=["flip", "vflip", "iou_crop"])(
+            sample
+        ).target
+        assert type(done["semantic"]) is torch.Tensor
+        assert done["semantic"].dtype == torch.int64
+        assert done["semantic"].shape == done["masks"].shape[1:]
+        assert torch.equal(done["semantic"], done["masks"][0].long() * 3)

@@ -17,7 +17,7 @@ from torchive.engine.probe import linear_probe, represent
 from torchive.engine.recipe import RecipeError
 from torchive.engine.train import train
 from torchive.nn.probe import knn_accuracy
-from torchive.structures import Classification, Detections, Segmentation
+from torchive.structures import Classification, Detections, Panoptic, Segment, Segmentation
 
 
 def test_classification_against_counting() -> None:
@@ -161,3 +161,23 @@ def test_features_of_maps_are_means_over_positions() -> None:
     pyramid = nn.Module()
     pyramid.forward = lambda x: [x, 2 * x]  # type: ignore[method-assign]
     torch.testing.assert_close(represent(pyramid, x), 2 * x.mean((2, 3)))
+
+
+def test_panoptic_maps_are_scored_where_there_are_masks() -> None:
+    """A cell found whole, one found as background; the background has lost nothing but gained the second cell."""
+    masks = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    masks[0, :4, :4], masks[1, 6:, 6:] = 1, 1
+    target = {"boxes": torch.tensor([[0.0, 0, 4, 4], [6, 6, 8, 8]]), "labels": torch.tensor([1, 1]), "masks": masks}
+    ids = torch.where(masks[0] > 0, 1, 2).to(torch.int32)
+    found = Detections(
+        target["boxes"][:1],
+        torch.tensor([1]),
+        torch.tensor([0.9]),
+        masks[:1].bool(),
+        panoptic=Panoptic(ids, (Segment(1, 1, True, score=0.9), Segment(2, 0, False, area=48))),
+    )
+    scores = metrics_of("detection", [record_of("detection", found, target, 1)], ("cell",))
+    assert scores["pq/cell"] == pytest.approx(1 / 1.5)
+    assert scores["pq"] == pytest.approx((1 / 1.5 + 44 / 48) / 2)
+    assert scores["rq"] == pytest.approx((1 / 1.5 + 1) / 2)
+    assert scores["sq"] == pytest.approx((1 + 44 / 48) / 2)

@@ -12,12 +12,12 @@ from PIL import Image
 from tests.engine.toys import toy_recipe, toy_samples
 
 from torchive.engine.predict import predict
-from torchive.engine.predictions import run_lengths, to_source
+from torchive.engine.predictions import run_lengths, to_source, values_of
 from torchive.engine.recipe import RecipeError
 from torchive.engine.run import open_run
 from torchive.engine.train import train
 from torchive.report.draw import draw_boxes, draw_class, draw_prediction, draw_regions, draw_target, grid
-from torchive.structures import Classification, Detections, Segmentation
+from torchive.structures import Classification, Detections, Panoptic, Segment, Segmentation
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +146,20 @@ def test_a_grid_holds_all_its_pictures() -> None:
     assert all(int((sheet == i).all(0).sum()) == (10 + i) * 20 for i in range(5))
     with pytest.raises(ValueError, match="at least one picture"):
         grid([])
+
+
+def test_a_panoptic_map_goes_to_the_source_and_into_the_file() -> None:
+    ids = torch.tensor([[1, 1, 2, 2], [3, 1, 2, 2]], dtype=torch.int32)
+    segments = (Segment(1, 2, True, score=0.75), Segment(2, 0, False, area=4), Segment(3, 5, False, area=1))
+    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0]])
+    found = Detections(boxes, torch.tensor([2]), torch.tensor([0.75]), ids[None] == 1, panoptic=Panoptic(ids, segments))
+    large = to_source(found, (2, 4), (4, 8)).panoptic
+    assert torch.equal(large.ids, ids.repeat_interleave(2, 0).repeat_interleave(2, 1))
+    assert [s.area for s in large.segments] == [None, 16, 4]
+    small = to_source(found, (2, 4), (1, 2)).panoptic
+    assert {s.id for s in small.segments} == set(small.ids.unique().tolist())
+    assert values_of(found, ["cell", "worm"])["segments"] == [
+        {"id": 1, "category": 2, "isthing": True, "score": 0.75, "class": "worm"},
+        {"id": 2, "category": 0, "isthing": False, "area": 4, "class": "background"},
+        {"id": 3, "category": 5, "isthing": False, "area": 1, "class": "stuff 5"},
+    ]

@@ -5,7 +5,9 @@
 - classification: ``label`` (index), ``class``, ``score``, ``scores`` (class to score);
 - detection: ``objects``, each with ``box`` (x0, y0, x1, y1 in pixels of the source), ``label`` (from 1), ``class``,
   ``score``, and ``mask`` where the model gives one (``size`` and ``counts``: run lengths down the columns, the first
-  of zeros, as in COCO) and ``keypoints`` (a list of x, y) where the model gives them;
+  of zeros, as in COCO) and ``keypoints`` (a list of x, y) where the model gives them; where it gives a panoptic map,
+  ``segments`` (``id``, ``category``, ``class``, ``isthing``, ``score`` or ``area``) and ``panoptic``, a PNG of 16 bits
+  beside it that holds the ids;
 - segmentation: ``shares`` (class to share of the pixels) and ``mask``, a PNG beside it that holds the class indices.
 
 A video gives a video, and one JSON file: ``frames``, each with its ``time`` in seconds and the values above.
@@ -34,7 +36,7 @@ from torchive.engine.processes import placed
 from torchive.engine.recipe import RecipeError
 from torchive.engine.run import LoadedRun, open_run
 from torchive.engine.video import is_video, predict_video
-from torchive.structures import Prediction, Segmentation
+from torchive.structures import Detections, Prediction, Segmentation
 
 _GROUP = 16
 
@@ -188,16 +190,21 @@ def _written(
         mask = target.with_name(f"{target.name}.mask.png")
         write_atomically(mask, _index_png(found.labels))
         values["mask"] = mask.relative_to(out).as_posix()
+    if isinstance(found, Detections) and found.panoptic is not None:
+        segments = target.with_name(f"{target.name}.panoptic.png")
+        write_atomically(segments, _index_png(found.panoptic.ids, wide=True))
+        values["panoptic"] = segments.relative_to(out).as_posix()
     beside = target.with_name(f"{target.name}.json")
     write_atomically(beside, json.dumps(values, indent=1, ensure_ascii=False).encode())
     return values
 
 
-def _index_png(labels: Tensor) -> bytes:
+def _index_png(labels: Tensor, *, wide: bool = False) -> bytes:
+    """A map of numbers up to 255, or up to 65,535."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(labels.to(torch.uint8).numpy()).save(buffer, "PNG")
+    Image.fromarray(labels.to(torch.uint16 if wide else torch.uint8).numpy()).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from torchive.engine.evaluate import on_cpu, on_device_of
 from torchive.engine.run import LoadedRun
-from torchive.structures import Classification, Detections, Prediction, Sample, Segmentation
+from torchive.structures import Classification, Detections, Panoptic, Prediction, Sample, Segmentation
 
 
 def predict_images(loaded: LoadedRun, images: Sequence[Tensor]) -> list[Prediction]:
@@ -53,7 +53,18 @@ def to_source(found: Prediction, size: Sequence[int], source: Sequence[int]) -> 
         masks = F.interpolate(masks[:, None].float(), size=(height, width), mode="bilinear")[:, 0] >= 0.5
     boxes = (found.boxes * factor).clamp_min(0).minimum(limit)
     points = None if found.keypoints is None else found.keypoints * factor[:2]
-    return Detections(boxes, found.labels, found.scores, masks, points)
+    panoptic = found.panoptic
+    if panoptic is not None:
+        ids = F.interpolate(panoptic.ids[None, None].float(), size=(height, width), mode="nearest")[0, 0].int()
+        panoptic = resized_panoptic(ids, panoptic)
+    return Detections(boxes, found.labels, found.scores, masks, points, panoptic)
+
+
+def resized_panoptic(ids: Tensor, panoptic: Panoptic) -> Panoptic:
+    """The segments that are left in a resized map, with their new areas."""
+    areas = dict(zip(*(part.tolist() for part in ids.unique(return_counts=True)), strict=True))
+    segments = [s if s.area is None else replace(s, area=areas.get(s.id)) for s in panoptic.segments if s.id in areas]
+    return Panoptic(ids, tuple(segments))
 
 
 def values_of(found: Prediction, classes: Sequence[str]) -> dict[str, Any]:
@@ -79,7 +90,15 @@ def values_of(found: Prediction, classes: Sequence[str]) -> dict[str, Any]:
         if found.keypoints is not None:
             entry["keypoints"] = [[round(side, 2) for side in point] for point in found.keypoints[index].tolist()]
         objects.append(entry)
-    return {"objects": objects}
+    if found.panoptic is None:
+        return {"objects": objects}
+    named = ["background", *classes]
+    segments = []
+    for segment in found.panoptic.segments:
+        name = named[segment.category] if segment.category < len(named) else f"stuff {segment.category}"
+        known = {key: value for key, value in asdict(segment).items() if value is not None and key != "crowd"}
+        segments.append({**known, "class": name})
+    return {"objects": objects, "segments": segments}
 
 
 def run_lengths(mask: Tensor) -> dict[str, list[int]]:

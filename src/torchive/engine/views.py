@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchive.data.samples import SampleSet, unit
 from torchive.engine.recipe import RecipeError
+from torchive.ops.masks import class_map
 from torchive.structures import Sample
 
 
@@ -108,16 +108,6 @@ class MasksAsClasses:
                 f"{self.name}: {sample.id}: segmentation needs a mask for each object, and there are only boxes"
             )
         return Sample(sample.image, class_map(sample.target, sample.image.shape[-2:]), sample.id)
-
-
-def class_map(target: dict[str, Tensor], size: Sequence[int]) -> Tensor:
-    """Masks (L, H, W) with labels (L,) from 1 as one map (H, W) of classes; the later object lies on top."""
-    masks, labels = target["masks"].bool(), target["labels"]
-    if not len(masks):
-        return torch.zeros(*size, dtype=torch.int64)
-    ranks = torch.arange(1, len(masks) + 1, device=masks.device)[:, None, None]
-    top = (masks * ranks).amax(0)  # (H, W), 0 where there is no object
-    return torch.cat([labels.new_zeros(1), labels])[top]
 
 
 def as_task(samples: SampleSet, task: str) -> SampleSet:
