@@ -100,3 +100,20 @@ def test_no_boxes() -> None:
     pooled = position_sensitive_plain(x, nothing, image, stride=16)
     assert pooled.shape == (0, 2, 7, 7)
     pooled.sum().backward()
+
+
+def test_boxes_that_are_not_numbers_do_no_harm() -> None:
+    """The operators read outside of the map for them; the other boxes are pooled as without them."""
+    maps, (boxes, image) = pyramid(2, 98, dtype=torch.float32), some_boxes(6)
+    boxes = boxes.float()
+    bad = boxes.clone()
+    bad[1], bad[4, 2] = float("nan"), float("inf")
+    kept = [0, 2, 3, 5]
+    for pool in (
+        lambda b: pool_regions(maps, STRIDES, b, image),
+        lambda b: pool_regions(maps[:1], STRIDES[:1], b, image),
+        lambda b: pool_moved_regions(maps, STRIDES, b, image, torch.zeros(6, 2, 7, 7)),
+        lambda b: pool_position_sensitive(maps[0], b, image, stride=4),
+        lambda b: position_sensitive_plain(maps[0], b, image, stride=4),
+    ):
+        assert torch.equal(pool(bad)[kept], pool(boxes)[kept])

@@ -38,8 +38,7 @@ def pool_regions(
     While compiling or exporting each box is pooled from each level and the right one is taken, which keeps all shapes
     fixed. ``level_of`` (R, 4) are boxes whose size chooses the level instead.
     """
-    regions = torch.cat([image[:, None].to(boxes.dtype), boxes], 1).to(maps[0].dtype)  # (R, 5)
-    regions = torch.where(regions.isnan(), 0, regions)  # torchvision reads out of bounds there
+    regions = _operand(boxes, image).to(maps[0].dtype)  # (R, 5)
     if len(maps) == 1:
         return roi_align(maps[0], regions, size, 1 / strides[0], sampling_ratio)
     level = pyramid_level(boxes if level_of is None else level_of, strides)
@@ -121,8 +120,7 @@ def pool_position_sensitive(
         raise ValueError(f"expected a multiple of {size**2} channels, got {x.shape[1]}")
     if torch.compiler.is_compiling():
         return position_sensitive_plain(x, boxes, image, stride=stride, size=size, samples=samples)
-    regions = torch.cat([image[:, None].to(boxes.dtype), boxes], 1).to(x.dtype)  # (R, 5)
-    return ps_roi_align(x, regions, size, 1 / stride, samples)
+    return ps_roi_align(x, _operand(boxes, image).to(x.dtype), size, 1 / stride, samples)
 
 
 def position_sensitive_plain(
@@ -139,6 +137,12 @@ def position_sensitive_plain(
     rows = x.to(kind).unflatten(1, (channels, size**2)).permute(0, 3, 4, 2, 1).reshape(-1, channels)
     pooled = weighted_rows(rows, index.flatten(0, 2), share.flatten(0, 2))  # (R size size, C)
     return pooled.view(-1, size, size, channels).permute(0, 3, 1, 2).to(x.dtype)
+
+
+def _operand(boxes: Tensor, image: Tensor) -> Tensor:
+    """What torchvision's operators take, (R, 5); they read out of bounds where a corner is no finite number."""
+    boxes = torch.where(boxes.abs() < torch.inf, boxes, 0)
+    return torch.cat([image[:, None].to(boxes.dtype), boxes], 1)
 
 
 def _grid(corner: Tensor, side: Tensor, size: int, samples: int) -> tuple[Tensor, Tensor]:

@@ -147,7 +147,7 @@ def test_unit_equals_split_branch_concatenate_shuffle(double) -> None:
 
 
 def test_context_of_one_source_is_its_convolution(record, double) -> None:
-    part = ContextEnhancement(6, 8, 245)
+    part = ContextEnhancement(6, 8)
     fine, coarse = torch.randn(2, 6, 20, 20), torch.randn(2, 8, 10, 10)
     for name in ("local", "coarse", "whole"):
         nn.init.zeros_(getattr(part, name).bias)
@@ -167,7 +167,7 @@ def test_context_of_one_source_is_its_convolution(record, double) -> None:
     got = part(fine * 0, coarse)
     gap = float((got - by_hand[..., None, None]).detach().abs().max())
     assert gap < 1e-12
-    assert ContextEnhancement(6, 8, 10, global_branch=False)(fine, coarse).shape == (2, 10, 20, 20)
+    assert ContextEnhancement(6, 8, out_channels=10, global_branch=False)(fine, coarse).shape == (2, 10, 20, 20)
     record("thundernet", "referenced", largest_difference=gap, dtype="float64", what="context enhancement, each source")
 
 

@@ -200,6 +200,6 @@ def _features(backbone: str | nn.Module, in_channels: int) -> nn.Module:
     if isinstance(backbone, str) and backbone.startswith("timm/"):
         try:
             return build_features(backbone, in_channels=in_channels, output_stride=16)
-        except (TypeError, NotImplementedError, AssertionError):
+        except (TypeError, RuntimeError, AssertionError):
             pass  # a network that takes no output stride: its own map of stride 16 serves both stages
     return build_features(backbone, in_channels=in_channels)

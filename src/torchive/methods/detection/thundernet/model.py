@@ -111,9 +111,9 @@ class ThunderNet(nn.Module):
         self.fine, self.coarse, self.stride = strides.index(16), strides.index(32), 16
         thin = channels * 49
         self.context = ContextEnhancement(
-            levels[self.fine].channels, levels[self.coarse].channels, thin, global_branch=global_branch
+            levels[self.fine].channels, levels[self.coarse].channels, out_channels=thin, global_branch=global_branch
         )
-        self.proposal_map = ProposalMap(thin, width, depthwise_act=depthwise_act)
+        self.proposal_map = ProposalMap(thin, out_channels=width, depthwise_act=depthwise_act)
         self.rpn = RegionProposals(
             [Level(width, 16)],
             anchor_sizes=[list(anchor_sizes)],
@@ -122,7 +122,9 @@ class ThunderNet(nn.Module):
             after_nms=after_nms,
             head=ProposalHead(nn.Identity(), width, len(anchor_sizes) * len(aspect_ratios)),
         )
-        self.own_map = ProposalMap(thin, width, depthwise_act=depthwise_act) if attention == "own" else None
+        self.own_map = (
+            ProposalMap(thin, out_channels=width, depthwise_act=depthwise_act) if attention == "own" else None
+        )
         self.attention = None if attention == "none" else SpatialAttention(thin, width)
         self.second = ThinRegionStage(channels, num_classes, hidden=hidden, per_class=per_class)
 

@@ -18,7 +18,7 @@ class ContextEnhancement(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, below_channels: int, out_channels: int = 245, *, global_branch: bool = True
+        self, in_channels: int, below_channels: int, *, out_channels: int = 245, global_branch: bool = True
     ) -> None:
         super().__init__()
         self.local = nn.Conv2d(in_channels, out_channels, 1)
@@ -45,7 +45,7 @@ class ProposalMap(nn.Module):
         depthwise_act: whether an activation stands behind the depthwise convolution, too, as in the port.
     """
 
-    def __init__(self, in_channels: int, out_channels: int = 256, *, depthwise_act: bool = False) -> None:
+    def __init__(self, in_channels: int, *, out_channels: int = 256, depthwise_act: bool = False) -> None:
         super().__init__()
         self.depthwise = nn.Conv2d(in_channels, in_channels, 5, padding=2, groups=in_channels)
         self.depthwise_norm = nn.BatchNorm2d(in_channels)
@@ -67,7 +67,7 @@ class SpatialAttention(nn.Module):
         gate_channels: C'.
     """
 
-    def __init__(self, channels: int = 245, gate_channels: int = 256) -> None:
+    def __init__(self, channels: int, gate_channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(gate_channels, channels, 1)
         self.norm = nn.BatchNorm2d(channels)
