@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 _LOWER = ("loss", "error", "nll", "brier", "ece", "rmse", "mae", "mse", "perplexity", "distance", "time")
 _SHARES = ("accuracy", "precision", "recall", "f1", "dice", "iou", "map", "mar", "ap", "ap50", "ap75", "auc", "auroc")
-_MORE_SHARES = ("top1", "top5", "kappa", "mcc", "sensitivity", "specificity")
+_MORE_SHARES = ("top1", "top5", "kappa", "mcc", "sensitivity", "specificity", "pq", "sq", "rq")
 _FAULTS = ("false", "missed")
 _WORDS = {
     "map": "mAP",
@@ -16,6 +16,9 @@ _WORDS = {
     "ap50": "AP at 0.5",
     "ap75": "AP at 0.75",
     "iou": "IoU",
+    "pq": "PQ",
+    "sq": "SQ",
+    "rq": "RQ",
     "f1": "F1",
     "auc": "AUC",
     "auroc": "AUROC",
