@@ -164,12 +164,12 @@ def test_matches_the_released_code(record, parity) -> None:
         logits = aligned_bilinear(logits, 2)
         (logits * head["weight"][mine]).sum().backward()
         out[mine] = logits.detach()
-    worst["head"] = (out - stored["head.out"]).abs().max().item()
+    worst["head"] = ((out - stored["head.out"]).abs().max() / stored["head.out"].abs().max()).item()
     worst["head, gradient"] = max(
         ((found - wanted).abs().max() / wanted.abs().max()).item()
         for found, wanted in ((features.grad, stored["head.gfeatures"]), (filters.grad, stored["head.gparameters"]))
     )
-    assert max(worst.values()) < 2e-5, worst
+    assert max(worst.values()) < 2e-6, worst
     record(
         "condinst",
         "matched",

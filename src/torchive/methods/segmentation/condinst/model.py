@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class CondInst(nn.Module):
         backbone: ``timm/NAME``, ``torchvision/NAME`` or a module with ``levels``.
         channels: of the pyramid's maps.
         finest: stride of the finest map, 8 in the paper; 4 serves small objects.
+        top: "convolutions", two more maps on the coarsest one as in the paper, or "none", for small images.
         sizes_of_interest: borders in pixels between the maps, by a box's farthest side from the location; 64, 128, 256,
             512, eight strides each, if None.
         radius: strides around an object's centre of mass within which locations are positive; None is its whole box.
@@ -64,6 +65,7 @@ class CondInst(nn.Module):
         backbone: str | nn.Module = "timm/resnet50",
         channels: int = 256,
         finest: int = 8,
+        top: Literal["convolutions", "none"] = "convolutions",
         sizes_of_interest: Sequence[float] | None = None,
         radius: float | None = 1.5,
         depth: int = 4,
@@ -83,7 +85,7 @@ class CondInst(nn.Module):
         limits = [limit for limit in (max_masks, masks_per_image) if limit is not None]
         if min(limits, default=1) < 1:
             raise ValueError(f"max_masks and masks_per_image must be >= 1, got {max_masks} and {masks_per_image}")
-        self.backbone = Pyramid(backbone, in_channels=in_channels, channels=channels, finest=finest, top="convolutions")
+        self.backbone = Pyramid(backbone, in_channels=in_channels, channels=channels, finest=finest, top=top)
         self.strides = tuple(level.stride for level in self.backbone.levels)
         if mask_stride < 1 or self.strides[0] % mask_stride:
             raise ValueError(f"mask_stride must divide the finest stride {self.strides[0]}, got {mask_stride}")

@@ -32,6 +32,7 @@ class PointINS(nn.Module):
         backbone: ``timm/NAME``, ``torchvision/NAME`` or a module with ``levels``.
         channels: of the pyramid's maps and of the towers.
         finest: stride of the finest map, 8 in the paper; 4 serves small objects.
+        top: "convolutions", two more maps on the coarsest one as in the paper, or "none", for small images.
         detector: "fcos" or "retinanet", on which the masks stand.
         sizes_of_interest: FCOS: borders in pixels between the maps; eight strides each if None.
         radius: FCOS: strides around a box's centre within which locations are positive; None is the whole box.
@@ -63,6 +64,7 @@ class PointINS(nn.Module):
         backbone: str | nn.Module = "timm/resnet50",
         channels: int = 256,
         finest: int = 8,
+        top: Literal["convolutions", "none"] = "convolutions",
         detector: Literal["fcos", "retinanet"] = "fcos",
         sizes_of_interest: Sequence[float] | None = None,
         radius: float | None = 1.5,
@@ -93,7 +95,7 @@ class PointINS(nn.Module):
             )
         if mask_loss not in ("bce", "dice"):
             raise ValueError(f"mask_loss must be bce or dice, got {mask_loss!r}")
-        self.backbone = Pyramid(backbone, in_channels=in_channels, channels=channels, finest=finest, top="convolutions")
+        self.backbone = Pyramid(backbone, in_channels=in_channels, channels=channels, finest=finest, top=top)
         strides = [level.stride for level in self.backbone.levels]
         self.num_classes, self.in_channels = num_classes, in_channels
         self.reference, self.mask_loss, self.masks_per_image = reference, mask_loss, masks_per_image
