@@ -154,7 +154,7 @@ def test_the_released_binary_form_takes_row_zero_for_a_positive(double, parity) 
             ours = loss(logits[:, None], positive[:, None].double(), ious).sum() / 40
             assert torch.allclose(ours, value)
     assert gaps[0] > 1e-5
-    assert gaps[1] < 1e-12
+    assert gaps[1] < 1e-8  # the release computes this form in float32
 
 
 def test_powers_of_zero_are_focal_loss_and_smooth_l1() -> None:
