@@ -91,6 +91,17 @@ def test_masks_are_scored_where_both_sides_have_them() -> None:
     assert found["map"] == pytest.approx(1.0)
 
 
+def test_nothing_found_scores_zero() -> None:
+    """Neither boxes nor masks, in images with and without objects: zeros, as early in a training run."""
+    none, masks = torch.zeros(0, 4), torch.zeros(0, 8, 8, dtype=torch.uint8)
+    found = Detections(none, torch.zeros(0, dtype=torch.int64), torch.zeros(0), masks.bool())
+    target = {"boxes": torch.tensor([[1.0, 1, 5, 5]]), "labels": torch.tensor([1]), "masks": masks.new_ones(1, 8, 8)}
+    empty = {"boxes": none, "labels": torch.zeros(0, dtype=torch.int64), "masks": masks}
+    metrics = metrics_of("detection", [record_of("detection", found, t, 1) for t in (target, empty)], ["cell"])
+    assert metrics["map"] == metrics["mask_map"] == metrics["mask_map_80_90"] == 0
+    assert metrics_of("detection", [record_of("detection", found, empty, 1)], ["cell"])["mask_map"] == 0
+
+
 @pytest.mark.parametrize("task", ["classification", "segmentation", "detection"])
 def test_evaluating_disturbs_nothing(task: str) -> None:
     recipe, samples = toy_recipe(task), ToySet(task, 9)

@@ -181,6 +181,8 @@ def _coco(records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], kind: 
     metric.warn_on_many_detections = False
     metric.update([_for_coco(found, kind) for found, _ in records], [_for_coco(target, kind) for _, target in records])
     found = metric.compute()
+    if "precision" not in found:  # no image has a mask: nothing was found
+        found |= {"precision": torch.zeros(10, 0, 0, 4, 3), "map_per_class": torch.full_like(found["classes"], -1)}
     tight = found["precision"][6:9, :, :, 0, -1]  # overlaps 0.8, 0.85, 0.9; all areas, most detections
     tight = tight[tight > -1]
     found["map_80_90"] = tight.mean() if len(tight) else torch.tensor(0.0)

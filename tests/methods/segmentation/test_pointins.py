@@ -180,7 +180,7 @@ def test_mask_loss_equals_a_loop(reference: str, mask_loss: str, objects) -> Non
         net.detector.head.distances.bias.fill_(1.0)
     targets = [objects(5, (64, 96), 10, 40), objects(0, (64, 96), 1, 1), objects(3, (64, 96), 10, 40)]
     images = torch.rand(3, 3, 64, 96)
-    found = float(net.losses(images, targets)["mask"])
+    found = net.losses(images, targets)["mask"].item()
     raw = net(images)
     match, boxes = net.detector.match(raw, targets), net.detector.boxes(raw)
     each = []
