@@ -16,7 +16,7 @@ from torchive.data.faults import DataError
 from torchive.data.packages import obtain, wheel
 from torchive.data.weights import load_weights, weights_info
 from torchive.engine.convert import convert
-from torchive.engine.pretrained import pretrained_network
+from torchive.engine.pretrained import PretrainedFeatures, pretrained_network
 
 NAME = "efficientnet_lite0"
 #: Twenty photographs whose names end in their ImageNet class.
@@ -69,6 +69,19 @@ def test_parts_that_start_as_the_identity_keep_what_was_learnt(
         found = model.eval()(photographs[0])
     assert torch.allclose(found, plain, rtol=0, atol=1e-5)
     assert torch.equal(found.argmax(1), plain.argmax(1))
+
+
+def test_features_of_a_detector_are_the_networks_own(photographs: tuple[Tensor, Tensor]) -> None:
+    features, info = PretrainedFeatures(weights=NAME), weights_info(NAME)
+    x = photographs[0][:2]
+    with torch.no_grad():
+        maps = features.train()(x * info.std + info.mean)  # images in [0, 1]; its norms do not move in training
+        wanted = pretrained_network(NAME).forward_intermediates(x)[1]
+    assert [(m.shape[1], 224 // m.shape[2]) for m in maps] == [(v.channels, v.stride) for v in features.levels]
+    for a, b in zip(maps, wanted, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+    with pytest.raises(DataError, match="are a whole method's, not a backbone's"):
+        PretrainedFeatures(weights="blazeface_short_range")
 
 
 def test_unknown_weights_are_told_with_what_was_meant() -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchive.data.faults import DataError
 from torchive.data.weights import load_weights, read_weights, weights_info
+from torchive.protocols import Level
 
 
 def pretrained_network(name: str) -> nn.Module:
@@ -31,3 +32,42 @@ def pretrained_network(name: str) -> nn.Module:
         raise DataError(f"{info.package}: its tensors are not those of {info.network}")
     model.load_state_dict(dict(zip(own, found.values(), strict=True)))
     return model.eval()
+
+
+class PretrainedFeatures(nn.Module):
+    """A trained network as a detector's backbone: images (N, 3, H, W) in [0, 1] to its maps, finest first.
+
+    It normalises the images itself. Its batch norms keep the statistics they were trained with, since a detector's
+    batches are small. Recipes name it: ``backbone: {class_path: torchive.engine.pretrained.PretrainedFeatures}``.
+
+    Args:
+        weights: a name of ``torchive.data.weights.WEIGHTS`` whose network is timm's.
+
+    Raises:
+        DataError: as ``pretrained_network``, or weights of a network that has no feature maps.
+    """
+
+    def __init__(self, *, weights: str = "efficientnet_lite0") -> None:
+        super().__init__()
+        import timm
+
+        info = weights_info(weights)
+        if ":" in info.network:
+            raise DataError(f"{weights}: these weights are a whole method's, not a backbone's")
+        self.body = timm.create_model(info.network, features_only=True, **info.options)
+        trained = pretrained_network(weights).state_dict()
+        self.body.load_state_dict({name: trained[name] for name in self.body.state_dict()})
+        maps = self.body.feature_info
+        self.levels = tuple(Level(c, s) for c, s in zip(maps.channels(), maps.reduction(), strict=True))
+        self.mean, self.std = info.mean, info.std
+
+    def train(self, mode: bool = True) -> PretrainedFeatures:
+        """Training mode for all but the batch norms."""
+        super().train(mode)
+        for module in self.body.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return list(self.body((x - self.mean) / self.std))

@@ -107,9 +107,7 @@ def equalize(
         TypeError: another model. ValueError: counts of another number of classes.
     """
     if not isinstance(model, FasterRCNN) or not isinstance(model.roi_heads.box_predictor, FastRCNNPredictor):
-        raise TypeError(
-            f"expected torchvision's FasterRCNN with its own layers, got {type(model).__name__}"
-        )
+        raise TypeError(f"expected torchvision's FasterRCNN with its own layers, got {type(model).__name__}")
     stage, old = model.roi_heads, model.roi_heads.box_predictor.cls_score
     classes = old.out_features - 1
     if len(class_counts) != classes:
