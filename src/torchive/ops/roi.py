@@ -120,7 +120,8 @@ def pool_position_sensitive(
         raise ValueError(f"expected a multiple of {size**2} channels, got {x.shape[1]}")
     if torch.compiler.is_compiling():
         return position_sensitive_plain(x, boxes, image, stride=stride, size=size, samples=samples)
-    return ps_roi_align(x, _operand(boxes, image).to(x.dtype), size, 1 / stride, samples)
+    kind = torch.promote_types(x.dtype, torch.float32)  # the operator knows no bfloat16
+    return ps_roi_align(x.to(kind), _operand(boxes, image).to(kind), size, 1 / stride, samples).to(x.dtype)
 
 
 def position_sensitive_plain(
