@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from torchive.ops.anchors import default_scales, default_shapes
-from torchive.ops.boxes import decode_boxes, encode_boxes
+from torchive.ops.boxes import code_iou, decode_boxes, encode_boxes
 from torchive.ops.matching import hard_negatives, match_default_boxes
 from torchive.structures import Detections
 
@@ -80,12 +80,21 @@ def match_targets(
     return torch.stack(matches), torch.cat(boxes)
 
 
-def confidence_loss(logits: Tensor, labels: Tensor, mode: Mode, loss: nn.Module | None = None) -> Tensor:
+def confidence_loss(
+    logits: Tensor, labels: Tensor, mode: Mode, loss: nn.Module | None = None, ious: Tensor | None = None
+) -> Tensor:
     """What each default box costs, (N, A), for labels 0 (background) to K.
 
     ``softmax``: cross-entropy of (N, A, K + 1) logits. ``sigmoid``: the sum of K binary cross-entropies of (N, A, K)
-    logits, or of what ``loss`` gives for these logits and their truths.
+    logits, or of what ``loss`` gives for these logits and their truths. A loss with ``takes_ious`` is given rows, and
+    the overlaps ``ious`` (N, A) of the regressed boxes of positives; with a softmax it has labels for truths.
     """
+    if loss is not None and ious is not None and getattr(loss, "takes_ious", False):
+        truth = labels.flatten()
+        if mode == "sigmoid":
+            truth = F.one_hot(truth, logits.shape[-1] + 1)[:, 1:].to(logits.dtype)
+        rows: Tensor = loss(logits.flatten(0, 1), truth, ious.flatten())
+        return rows.view(*labels.shape, -1).sum(-1)
     if mode == "softmax":
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     truth = F.one_hot(labels, logits.shape[-1] + 1)[..., 1:].to(logits.dtype)
@@ -103,15 +112,16 @@ def classification_loss(
     mode: Mode = "softmax",
     mining_ratio: float | None = 3.0,
     loss: nn.Module | None = None,
+    ious: Tensor | None = None,
 ) -> Tensor:
     """The sum of the confidence losses of the positives and the mined negatives over the number of positives.
 
-    Zero, with a gradient, where nothing is matched. Arguments as of ``multibox_loss``.
+    Zero, with a gradient, where nothing is matched. Arguments as of ``multibox_loss`` and ``confidence_loss``.
     """
     positive = matches >= 0  # (N, A)
     target = matches.new_zeros(matches.shape)
     target[positive] = labels[matches[positive]]
-    confidence = confidence_loss(logits, target, mode, loss)  # (N, A)
+    confidence = confidence_loss(logits, target, mode, loss, ious)  # (N, A)
     negative = ~positive if mining_ratio is None else hard_negatives(confidence, positive, mining_ratio)
     return (confidence * (positive | negative)).sum() * per_positive(positive, confidence.dtype)
 
@@ -134,6 +144,7 @@ def multibox_loss(
     mining_ratio: float | None = 3.0,
     alpha: float = 1.0,
     loss: nn.Module | None = None,
+    localisation_loss: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """``classification`` and ``localisation``, both over the number of matched default boxes of the batch.
 
@@ -146,14 +157,26 @@ def multibox_loss(
         mode: one softmax or K sigmoids.
         mining_ratio: hardest negatives for each positive; None counts all negatives.
         alpha: weight of the localisation.
-        loss: of sigmoid logits and truths, instead of binary cross-entropy.
+        loss: of sigmoid logits and truths, instead of binary cross-entropy; or one with ``takes_ious``.
+        localisation_loss: of codes (P, 4) and their targets, and of their overlaps where it ``takes_ious``, to each
+            number, instead of smooth L1.
     """
     positive = matches >= 0  # (N, A)
     rows = torch.nonzero(positive)  # (P, 2)
     code = encode_boxes(boxes[matches[positive]].to(deltas.dtype), anchors[rows[:, 1]], WEIGHTS)
-    localisation = F.smooth_l1_loss(deltas[positive], code, reduction="sum")
+    found = deltas[positive]
+    overlap = ious = None
+    if any(getattr(part, "takes_ious", False) for part in (loss, localisation_loss)):
+        overlap = code_iou(found.detach(), code, WEIGHTS)
+        ious = torch.zeros_like(deltas[..., 0]).masked_scatter(positive, overlap)  # (N, A)
+    if localisation_loss is None:
+        localisation = F.smooth_l1_loss(found, code, reduction="sum")
+    else:
+        given = (overlap,) if getattr(localisation_loss, "takes_ious", False) else ()
+        localisation = localisation_loss(found, code, *given).sum()
+    options = {"mode": mode, "mining_ratio": mining_ratio, "loss": loss, "ious": ious}
     return {
-        "classification": classification_loss(logits, matches, labels, mode=mode, mining_ratio=mining_ratio, loss=loss),
+        "classification": classification_loss(logits, matches, labels, **options),  # type: ignore[arg-type]
         "localisation": alpha * localisation * per_positive(positive, localisation.dtype),
     }
 

@@ -243,6 +243,7 @@ GLOSSARY: dict[str, str] = {
     "loss_weight": "what a whole loss is multiplied by",
     "box_weights": "weights of the four numbers of a box code",
     "localisation": "loss of box codes",
+    "localisation_loss": "loss of box codes and their targets",
     "region_loss": "both losses of a second stage, as one module",
     "weighted": "whether each pair has a pace of its own",
     "margin": "distance that a pair must keep, the paper's m; of a crop: its border",

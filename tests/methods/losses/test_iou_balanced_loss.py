@@ -14,7 +14,10 @@ from torchvision.models import detection
 from torchvision.ops import box_iou, sigmoid_focal_loss
 
 import torchive.testing
+from torchive.methods.detection.faster_rcnn import FasterRCNN
+from torchive.methods.detection.ssd import SSD
 from torchive.methods.losses.iou_balanced_loss import (
+    BalancedRegionLoss,
     IoUBalancedLocalisation,
     IoUBalancedLoss,
     balance_losses,
@@ -343,6 +346,47 @@ def test_in_the_retinanet_of_this_package() -> None:
     assert all(p.grad is None for p in balanced.head.regression_head.parameters())
     b["localisation"].backward()
     assert all(p.grad.isfinite().all() for p in balanced.head.parameters())
+
+
+@pytest.mark.parametrize("name", ["ssd", "ssd_sigmoid", "faster_rcnn"])
+def test_in_the_other_detectors_of_this_package(name: str) -> None:
+    """SSD in both classifications, and Faster R-CNN's second stage: sums stay, powers of zero change nothing."""
+    weights = (10.0, 10.0, 5.0, 5.0)
+
+    def make(eta: float | None, power: float, w: float | None) -> nn.Module:
+        torch.manual_seed(2)
+        small = {"backbone": "timm/test_efficientnet", "num_classes": 2}
+        if name == "faster_rcnn":
+            box = IoUBalancedLocalisation(power=power, beta=1 / 9, loss_weight=w, box_weights=weights, reduction="none")
+            own = None if eta is None else BalancedRegionLoss(eta, box)
+            return FasterRCNN(**small, channels=8, hidden=16, region_loss=own)
+        mode = "sigmoid" if name == "ssd_sigmoid" else "softmax"
+        plain = {} if mode == "softmax" else {"gamma": 0, "alpha": None}
+        own = (
+            {}
+            if eta is None
+            else {
+                "loss": IoUBalancedLoss(eta=eta, variant=mode, reduction="none", **plain),
+                "localisation_loss": IoUBalancedLocalisation(power=power, beta=1.0, loss_weight=w, reduction="none"),
+            }
+        )
+        return SSD(**small, image_size=96, classification=mode, **own)
+
+    def losses(model: nn.Module) -> dict[str, Tensor]:
+        torch.manual_seed(5)
+        return model.losses([torch.rand(3, 96, 96)] * 2, TARGETS)
+
+    models = [make(*a) for a in ((None, 0, 1), (0.0, 0.0, 1.0), (1.5, 1.5, None))]
+    published, zero, balanced = (losses(model) for model in models)
+    for key, value in published.items():
+        torch.testing.assert_close(zero[key], value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(balanced[key], value, rtol=1e-3, atol=1e-6)
+    gradients = []
+    for model, found in zip(models, (published, zero, balanced), strict=True):
+        sum(found.values()).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.allclose(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(gradients[0], gradients[2], rtol=1e-2, atol=1e-4)
 
 
 def test_bad_arguments_are_named() -> None:

@@ -38,7 +38,8 @@ class SSD(nn.Module):
         iou_threshold: a default box overlapping an object by more is positive.
         alpha: weight of the localisation loss.
         loss: of sigmoid logits and their truths, with ``reduction`` "none", such as ``FocalLoss``; binary
-            cross-entropy if None.
+            cross-entropy if None. Or, with either classification, one with ``takes_ious``, such as ``IoUBalancedLoss``.
+        localisation_loss: of box codes and their targets, such as ``IoUBalancedLocalisation``; smooth L1 if None.
         prior: with sigmoids, the score of every default box at the start, by the bias; None leaves it.
 
     Raises:
@@ -62,6 +63,7 @@ class SSD(nn.Module):
         iou_threshold: float = 0.5,
         alpha: float = 1.0,
         loss: nn.Module | None = None,
+        localisation_loss: nn.Module | None = None,
         prior: float | None = None,
     ) -> None:
         super().__init__()
@@ -72,11 +74,13 @@ class SSD(nn.Module):
                 "expected classification softmax or sigmoid and default_box_set paper or torchvision, "
                 f"got {classification!r} and {default_box_set!r}"
             )
-        if classification == "softmax" and (loss is not None or prior is not None):
+        plain = loss is not None and not getattr(loss, "takes_ious", False)
+        if classification == "softmax" and (plain or prior is not None):
             raise ValueError("loss and prior are for classification sigmoid, got softmax")
-        if loss is not None and getattr(loss, "reduction", "none") != "none":
-            raise ValueError(f"loss must have the reduction none, got {loss.reduction!r}")
-        self.loss = loss
+        for part in (loss, localisation_loss):
+            if part is not None and getattr(part, "reduction", "none") != "none":
+                raise ValueError(f"loss must have the reduction none, got {part.reduction!r}")
+        self.loss, self.localisation_loss = loss, localisation_loss
         self.num_classes, self.in_channels, self.image_size = num_classes, in_channels, image_size
         self.classification, self.mining_ratio = classification, mining_ratio
         self.iou_threshold, self.alpha = iou_threshold, alpha
@@ -142,6 +146,7 @@ class SSD(nn.Module):
             mining_ratio=self.mining_ratio,
             alpha=self.alpha,
             loss=self.loss,
+            localisation_loss=self.localisation_loss,
         )
 
     def decode(
