@@ -31,9 +31,9 @@ class LightHeadRCNN(nn.Module):
         backbone: ``timm/NAME``, ``torchvision/NAME`` or a module with ``levels``. A timm network is built with
             ``output_stride=16`` where it takes that, so that its last stage is dilated.
         head: "thin"; "plain", the thin map of ``channels`` pooled by RoIAlign, each bin from the same map; or "heavy",
-            Faster R-CNN's two layers of 1024 on the backbone's own features.
+            Faster R-CNN's two layers on the backbone's own features.
         channels: of a pooled region; the thin map has 49 times as many.
-        hidden: of the second stage's layer.
+        hidden: of the second stage's layer, or layers; 2048, or 1024 for "heavy", if None.
         inter_channels: inside the large separable convolution; the paper's small form has 64.
         kernel_size: of it.
         width: of the proposal network's 3x3 convolution.
@@ -58,7 +58,7 @@ class LightHeadRCNN(nn.Module):
         backbone: str | nn.Module = "timm/resnet101",
         head: Literal["thin", "plain", "heavy"] = "thin",
         channels: int = 10,
-        hidden: int = 2048,
+        hidden: int | None = None,
         inter_channels: int = 256,
         kernel_size: int = 15,
         width: int = 512,
@@ -101,10 +101,14 @@ class LightHeadRCNN(nn.Module):
         self.thin: nn.Module = nn.Identity()
         self.second: nn.Module
         if head == "heavy":
-            self.second = _OnOneMap(deep, num_classes)
+            self.second = _OnOneMap(deep, num_classes, hidden=hidden or 1024)
         else:
             self.second = ThinRegionStage(
-                channels, num_classes, hidden=hidden, per_class=per_class, position_sensitive=head == "thin"
+                channels,
+                num_classes,
+                hidden=hidden or 2048,
+                per_class=per_class,
+                position_sensitive=head == "thin",
             )
             self.thin = nn.Sequential(
                 LargeSeparableConv(
