@@ -95,9 +95,12 @@ def test_predictions_go_back_to_the_source_pixels() -> None:
     boxes = torch.tensor([[1.0, 2, 5, 6], [8, 8, 11, 12]])
     masks = torch.zeros(2, 10, 10, dtype=torch.bool)
     masks[0, 2:6, 1:5] = True
-    found = to_source(Detections(boxes, torch.ones(2), torch.ones(2), masks), (10, 10), (20, 30))
+    points = torch.tensor([[[1.0, 2]], [[5, 6]]])
+    found = to_source(Detections(boxes, torch.ones(2), torch.ones(2), masks, points), (10, 10), (20, 30))
     assert isinstance(found, Detections)
     assert found.boxes.tolist() == [[3, 4, 15, 12], [24, 16, 30, 20]], "cut to the image"
+    assert found.keypoints is not None
+    assert found.keypoints.tolist() == [[[3, 4]], [[15, 12]]]
     assert found.masks is not None
     rows, columns = (found.masks[0].any(axis).nonzero().flatten().tolist() for axis in (1, 0))
     assert rows == list(range(4, 12))
