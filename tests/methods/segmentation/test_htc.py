@@ -14,6 +14,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNPredictor
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
+from torchive.engine.export import OnnxModel, write_onnx
 from torchive.methods.segmentation.htc import HTC, FusedSemanticBranch, MaskCascade
 from torchive.protocols import Level
 
@@ -405,3 +406,23 @@ def test_what_is_refused() -> None:
         HTC(**SMALL).losses(images, targets)
     with pytest.raises(ValueError, match="level must lie in 0 to 4, got 5"):
         FusedSemanticBranch(4, 3, level=5)
+
+
+@pytest.mark.slow
+def test_one_onnx_file_serves_every_size(tmp_path) -> None:
+    """Up to the masks of the chosen detections, suppression and pooling included."""
+    net = HTC(**SMALL).eval()
+    nn.init.normal_(
+        net.rpn.head.cls_logits.weight, std=5.0
+    )  # scores that lie apart, so that rounding keeps their order
+    for name, p in net.boxes.stages.named_parameters():
+        if "cls_score" in name:
+            nn.init.normal_(p, std=0.5)
+    write_onnx(net, torch.randn(2, 3, 64, 64), tmp_path / "whole.onnx")
+    exported = OnnxModel(tmp_path / "whole.onnx")
+    for size in [(2, 3, 64, 64), (3, 3, 70, 100)]:
+        x = torch.randn(size)
+        with torch.no_grad():
+            raw = net(x)
+        for (name, expected), got in zip(raw.items(), exported(x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, msg=f"{name} at {size}")
