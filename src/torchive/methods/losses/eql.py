@@ -125,7 +125,8 @@ class EqualizationLoss(nn.Module):
     """(N, K) logits and their truth to a scalar, or to one value for each row with "none".
 
     Args:
-        class_counts: samples of each class, or images that hold it (``image_counts``); recipes fill it in.
+        class_counts: samples of each class, or images that hold it (``image_counts``); recipes fill it in, those of
+            detectors with objects.
         variant: "sigmoid" takes classes (N,) from 0 to K, K for background, or truths (N, K) in 0 or 1, a row of zeros
             for background. "softmax" takes classes (N,) from 0 to K - 1.
         threshold: lambda, the frequency below which a class is rare; None finds it by ``tail_share``.
