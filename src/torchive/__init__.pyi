@@ -132,6 +132,10 @@ from torchive.methods.detection.ehsod import EHSOD as EHSOD
 from torchive.methods.detection.faster_rcnn import FasterRCNN as FasterRCNN
 from torchive.methods.detection.light_head_rcnn import LargeSeparableConv as LargeSeparableConv
 from torchive.methods.detection.light_head_rcnn import LightHeadRCNN as LightHeadRCNN
+from torchive.methods.detection.netnet import NETNet as NETNet
+from torchive.methods.detection.netnet import NearestFusion as NearestFusion
+from torchive.methods.detection.netnet import NeighbourExchange as NeighbourExchange
+from torchive.methods.detection.netnet import TopDownFusion as TopDownFusion
 from torchive.methods.detection.ssd import SSD as SSD
 from torchive.methods.detection.thundernet import ContextEnhancement as ContextEnhancement
 from torchive.methods.detection.thundernet import SNet as SNet
@@ -201,6 +205,8 @@ from torchive.methods.segmentation.htc import MaskCascade as MaskCascade
 from torchive.methods.segmentation.pan_pyramid_attention import FeaturePyramidAttention as FeaturePyramidAttention
 from torchive.methods.segmentation.pan_pyramid_attention import GlobalAttentionUpsample as GlobalAttentionUpsample
 from torchive.methods.segmentation.pan_pyramid_attention import PyramidAttentionNetwork as PyramidAttentionNetwork
+from torchive.methods.segmentation.panoptic_fpn import PanopticFPN as PanopticFPN
+from torchive.methods.segmentation.panoptic_fpn import PyramidSemanticHead as PyramidSemanticHead
 from torchive.methods.segmentation.pointins import InstanceAwareHead as InstanceAwareHead
 from torchive.methods.segmentation.pointins import PointINS as PointINS
 from torchive.methods.training.decoupling import Decoupling as Decoupling
