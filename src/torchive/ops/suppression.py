@@ -45,7 +45,7 @@ def fixed_detections(
     max_detections: int = 100,
     candidates: int = 2000,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (N, D, 4), labels (N, D) from 1 to K and scores (N, D), highest first; empty rows have score -1, else zeros.
+    """Boxes (N, D, 4), labels (N, D) from 1 to K and scores (N, D), highest first; empty rows have score -1 and zeros.
 
     As ``best_detections`` of each image, in shapes that do not depend on the data, so that a further stage can read
     the boxes in an exported file.
