@@ -313,7 +313,7 @@ NAMES = {
     ("predict", "nowhere", "folder"): "no trained run",
     ("export", "nowhere"): "no trained run",
     ("predict", "runs/folder", "nowhere.png", "--out", "p"): "nowhere.png: no such file",
-    ("predict", "runs/folder", "*.tiff", "--out", "p"): "*.tiff: no images found",
+    ("predict", "runs/folder", "*.tiff", "--out", "p"): "*.tiff: no images or videos found",
     ("train", "small.yaml", "--out", "small.yaml/run"): "small.yaml/run",
 }
 
