@@ -106,12 +106,13 @@ class RetinaNet(nn.Module):
         check_images(inputs, self.in_channels)
         x, sizes = batch_images(inputs, shorter=self.image_size)
         maps = self.backbone(x)
-        out: dict[str, Tensor] = self.head(maps)
+        scores, boxes = self.head.classification_head, self.head.regression_head
         cells: list[Tensor] = [getattr(self, f"cell{k}") for k in range(len(maps))]
         anchors = [grid_anchors(m.shape[2:], s, c) for m, s, c in zip(maps, self.strides, cells, strict=True)]
         return {
-            "logits": out["cls_logits"],
-            "deltas": out["bbox_regression"],
+            # torchvision's own views make sizes that are not known an expression which an export takes minutes to solve
+            "logits": _rows([scores.cls_logits(scores.conv(m)) for m in maps], self.num_classes),
+            "deltas": _rows([boxes.bbox_reg(boxes.conv(m)) for m in maps], 4),
             "anchors": torch.cat(anchors),
             "levels": torch.cat([torch.full_like(a[:, 0], k, dtype=torch.int64) for k, a in enumerate(anchors)]),
             "sizes": sizes,
@@ -266,3 +267,9 @@ def decode_dense(
         scale = (box.new_tensor([height, width]) / size.to(box.dtype))[[1, 0, 1, 0]]
         found.append(Detections(box[kept] * scale, label[kept], score[kept]))
     return found
+
+
+def _rows(maps: Sequence[Tensor], width: int) -> Tensor:
+    """Maps (N, B * width, H, W) as rows (N, A, width), map by map, row by row, cell by cell."""
+    parts = [m.permute(0, 2, 3, 1).unflatten(3, (m.shape[1] // width, width)).flatten(1, 3) for m in maps]
+    return torch.cat(parts, 1)
