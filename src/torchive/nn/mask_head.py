@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
-from torchive.nn.regions import Regions, image_of
+from torchive.nn.regions import Regions, image_of, take_regions
 from torchive.ops.masks import crop_masks
 from torchive.ops.roi import pool_regions
 
@@ -42,8 +42,7 @@ class MaskHead(nn.Module):
 
 def positive_regions(regions: Regions) -> Regions:
     """The regions that have an object."""
-    rows = torch.nonzero(regions.labels > 0)[:, 0]
-    return Regions(*(getattr(regions, name)[rows] for name in ("boxes", "image", "labels", "matched", "truth")))
+    return take_regions(regions, torch.nonzero(regions.labels > 0)[:, 0])
 
 
 def mask_targets(

@@ -70,7 +70,22 @@ def sample_regions(
         positive, negative = sampler([label])
         drawn = torch.nonzero(positive[0] | negative[0])[:, 0]
         parts.append((box[drawn], torch.full_like(drawn, k), label[drawn], matched[drawn], truth[drawn]))
-    return Regions(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return join_regions([Regions(*part) for part in parts])
+
+
+def join_regions(parts: Sequence[Regions]) -> Regions:
+    """Regions one after the other."""
+    return Regions(*(torch.cat([getattr(part, name) for part in parts]) for name in Regions.__dataclass_fields__))
+
+
+def take_regions(regions: Regions, rows: Tensor) -> Regions:
+    """Some of the regions, by their numbers or by a mask (R,)."""
+    return Regions(*(getattr(regions, name)[rows] for name in Regions.__dataclass_fields__))
+
+
+def region_maps(maps: Sequence[Tensor], strides: Sequence[int]) -> tuple[Sequence[Tensor], Sequence[int]]:
+    """The maps that regions are pooled from, with their strides: the pooled one on top serves the proposals only."""
+    return (maps, strides) if len(maps) == 1 else (maps[:-1], strides[:-1])
 
 
 def region_loss(

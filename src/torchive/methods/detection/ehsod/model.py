@@ -19,7 +19,14 @@ from torchive.methods.detection.ehsod.multiple_instances import (
 from torchive.nn.box_cascade import BoxCascade, kept_proposals
 from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
-from torchive.nn.regions import Regions, decode_regions, region_loss
+from torchive.nn.regions import (
+    Regions,
+    decode_regions,
+    join_regions,
+    region_loss,
+    region_maps,
+    take_regions,
+)
 from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
 from torchive.ops.roi import pool_regions
 from torchive.structures import Detections
@@ -218,7 +225,7 @@ class EHSOD(nn.Module):
         features = part.box_head(self._pool(maps, regions.boxes, regions.image))
         logits, deltas = part.box_predictor(features)
         weight = self.boxes.stage_weights[stage]
-        drawn = Regions(*(getattr(regions, name)[strong] for name in Regions.__dataclass_fields__))
+        drawn = take_regions(regions, strong)
         score, offsets = region_loss(
             logits[strong], deltas[strong], drawn, weights=self.boxes.codes[stage], beta=self.boxes.beta
         )
@@ -250,7 +257,7 @@ class EHSOD(nn.Module):
             box = proposals[k][: self.boxes.rois_per_image]
             none = torch.zeros_like(box[:, 0], dtype=torch.int64)
             parts.append(Regions(box, torch.full_like(none, k), none, none, torch.zeros_like(box)))
-        regions = Regions(*(torch.cat([getattr(p, n) for p in parts]) for n in Regions.__dataclass_fields__))
+        regions = join_regions(parts)
         return regions, known[regions.image]
 
     def _shown(self, target: Target) -> Tensor:
@@ -271,5 +278,4 @@ class EHSOD(nn.Module):
         return batch_images(inputs, shorter=self.image_size, divisor=max(self.strides[-1] // 2, 16))
 
     def _pool(self, maps: Sequence[Tensor], boxes: Tensor, image: Tensor) -> Tensor:
-        used = maps if len(maps) == 1 else maps[:-1]  # the pooled map on top is for proposals
-        return pool_regions(used, self.strides[: len(used)], boxes, image)
+        return pool_regions(*region_maps(maps, self.strides), boxes, image)

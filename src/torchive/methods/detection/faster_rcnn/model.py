@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from torchive.nn.pyramid import Pyramid, SingleMap, VGGFeatures
 from torchive.nn.region_proposals import RegionProposals
-from torchive.nn.regions import RegionStage, decode_regions, image_of, region_codes, region_loss, sample_regions
+from torchive.nn.regions import (
+    RegionStage,
+    decode_regions,
+    image_of,
+    region_codes,
+    region_loss,
+    region_maps,
+    sample_regions,
+)
 from torchive.nn.sigmoid_classes import SigmoidPredictor, SigmoidRegionLoss
 from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
 from torchive.structures import Detections
@@ -205,6 +213,5 @@ class FasterRCNN(nn.Module):
     def _second(self, maps: Sequence[Tensor], boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (R, K + 1) and box deltas (R, 4 (K + 1)) of boxes (R, 4) on the images ``image`` (R,)."""
         assert self.roi_heads is not None
-        used = maps if len(maps) == 1 else maps[:-1]  # the pooled map on top serves the proposals only
-        logits, deltas = self.roi_heads(used, self.strides[: len(used)], boxes, image)
+        logits, deltas = self.roi_heads(*region_maps(maps, self.strides), boxes, image)
         return logits, deltas

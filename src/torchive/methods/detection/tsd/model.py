@@ -12,7 +12,7 @@ from torchive.methods.detection.tsd.loss import progressive_constraint
 from torchive.methods.detection.tsd.pooling import Points
 from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
-from torchive.nn.regions import decode_regions, image_of, region_loss, sample_regions
+from torchive.nn.regions import decode_regions, image_of, region_loss, region_maps, sample_regions
 from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
 from torchive.ops.roi import pool_regions
 from torchive.structures import Detections
@@ -121,7 +121,7 @@ class TSD(nn.Module):
         raw: dict[str, Tensor] = self.rpn(maps)
         raw["proposals"], raw["proposal_scores"] = self.rpn.propose(raw, maps, sizes)
         boxes, image = raw["proposals"].flatten(0, 1), image_of(raw["proposals"])
-        used, strides = maps[:-1], self.strides[:-1]  # the pooled map on top serves the proposals only
+        used, strides = region_maps(maps, self.strides)
         pooled = pool_regions(used, strides, boxes, image)
         if self.head is not None:
             logits, deltas, moved = self.head(pooled, used, strides, boxes, image)
@@ -145,7 +145,7 @@ class TSD(nn.Module):
         losses = self.rpn.losses(raw, maps, targets, sizes)
         proposals = self.rpn.training_proposals(raw, maps, sizes)
         regions = sample_regions(proposals, targets, count=self.rois_per_image)
-        used, strides = maps[:-1], self.strides[:-1]
+        used, strides = region_maps(maps, self.strides)
         pooled = pool_regions(used, strides, regions.boxes, regions.image)
         plain, offsets = self.sibling(pooled)
         losses["loss_classifier"], losses["loss_box_reg"] = region_loss(plain, offsets, regions, beta=self.beta)

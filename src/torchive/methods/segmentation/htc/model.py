@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torchive.nn.mask_head import detection_masks, mask_loss, mask_targets, posi
 from torchive.nn.pixel_cross_entropy import PixelCrossEntropy
 from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
+from torchive.nn.regions import region_maps
 from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
 from torchive.ops.masks import check_masks, paste_masks, semantic_targets
 from torchive.ops.roi import pool_regions
@@ -266,8 +267,7 @@ class Features:
         return pooled + self._context(boxes, image) if "mask" in self.into else pooled
 
     def _pool(self, boxes: Tensor, image: Tensor, size: int) -> Tensor:
-        used: Any = self.maps if len(self.maps) == 1 else self.maps[:-1]  # the pooled map on top is for proposals
-        return pool_regions(used, self.strides[: len(used)], boxes, image, size=size)
+        return pool_regions(*region_maps(self.maps, self.strides), boxes, image, size=size)
 
     def _context(self, boxes: Tensor, image: Tensor) -> Tensor:
         assert self.embedding is not None
