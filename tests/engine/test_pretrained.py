@@ -84,6 +84,16 @@ def test_features_of_a_detector_are_the_networks_own(photographs: tuple[Tensor, 
         PretrainedFeatures(weights="blazeface_short_range")
 
 
+def test_a_dilated_stage_keeps_the_weights_and_the_stride() -> None:
+    features = PretrainedFeatures(weights=NAME, output_stride=16)
+    assert [level.stride for level in features.levels] == [2, 4, 8, 16, 16]
+    with torch.no_grad():
+        maps = features(torch.rand(1, 3, 64, 64))
+    assert [tuple(m.shape[2:]) for m in maps] == [(32, 32), (16, 16), (8, 8), (4, 4), (4, 4)]
+    plain = PretrainedFeatures(weights=NAME).state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in features.state_dict().items())
+
+
 def test_unknown_weights_are_told_with_what_was_meant() -> None:
     with pytest.raises(DataError, match="did you mean efficientnet_lite0"):
         load_weights("efficientnet_lite1")

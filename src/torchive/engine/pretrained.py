@@ -42,24 +42,26 @@ class PretrainedFeatures(nn.Module):
 
     Args:
         weights: a name of ``torchive.data.weights.WEIGHTS`` whose network is timm's.
+        output_stride: the coarsest map's stride, 32, 16 or 8; below 32 the later stages are dilated instead.
 
     Raises:
         DataError: as ``pretrained_network``, or weights of a network that has no feature maps.
     """
 
-    def __init__(self, *, weights: str = "efficientnet_lite0") -> None:
+    def __init__(self, *, weights: str = "efficientnet_lite0", output_stride: int = 32) -> None:
         super().__init__()
         import timm
 
         info = weights_info(weights)
         if ":" in info.network:
             raise DataError(f"{weights}: these weights are a whole method's, not a backbone's")
-        self.body = timm.create_model(info.network, features_only=True, **info.options)
+        self.body = timm.create_model(info.network, features_only=True, output_stride=output_stride, **info.options)
         trained = pretrained_network(weights).state_dict()
         self.body.load_state_dict({name: trained[name] for name in self.body.state_dict()})
         maps = self.body.feature_info
         self.levels = tuple(Level(c, s) for c, s in zip(maps.channels(), maps.reduction(), strict=True))
         self.mean, self.std = info.mean, info.std
+        self.train()  # its norms too are held from the start
 
     def train(self, mode: bool = True) -> PretrainedFeatures:
         """Training mode for all but the batch norms."""
