@@ -10,6 +10,7 @@ import pytest
 import torch
 from tests.engine.toys import ToySet, toy_recipe
 
+from torchive.catalogue import card_names, get_card
 from torchive.engine.build import build_model, build_trainable, fill_recipe
 from torchive.engine.recipe import Recipe, RecipeError, load_recipe, resolve_recipe
 from torchive.engine.resolve import recipe_names
@@ -31,8 +32,21 @@ def test_a_recipe_by_its_short_name_by_a_method_and_by_its_file(tmp_path: Path) 
     assert load_recipe("solar") == load_recipe("classification/solar")
     assert load_recipe("ssd").name == "trees_ssd"
     assert load_recipe("attention_unet").name == "nuclei_attention_unet"
+    assert load_recipe("Light Head RCNN").name == "trees_light_head"
     (tmp_path / "mine.yaml").write_text("task: classification\nmodel: {class_path: torchive.nn.Classifier}\n")
     assert load_recipe(str(tmp_path / "mine.yaml")).name == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in card_names() if get_card(n).kind == "detection" and get_card(n).state == "built"]
+)
+def test_a_detector_trains_by_its_name(name: str) -> None:
+    assert load_recipe(name).model.class_path == get_card(name).class_path.replace(":", ".")
+
+
+def test_a_part_by_its_name_is_told_where_it_is_trained() -> None:
+    with pytest.raises(RecipeError, match="gcnet is no model that is trained alone; `torchive compare gcnet` trains"):
+        load_recipe("gcnet")
 
 
 def test_overrides_are_typed() -> None:

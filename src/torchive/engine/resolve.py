@@ -62,14 +62,27 @@ def find_recipe(name: str) -> Path:
 
 
 def _of_method(name: str, known: Sequence[str]) -> str | None:
+    """The recipe whose model is this method, that of its comparison before any other.
+
+    Raises:
+        RecipeError: a built method that no recipe trains alone.
+    """
     from torchive.catalogue import get_card
 
     try:
-        method = get_card(name).name
+        card = get_card(name)
     except KeyError:
         return None
-    found = [full for full in known if full.endswith((f"_{method}", f"/{method}"))]
-    return found[0] if found else None
+    own = card.comparison.get("recipe")
+    for full in [*(full for full in known if full == own), *known]:
+        model = read_yaml(RECIPES / f"{full}.yaml").get("model", {})
+        if model.get("class_path") == card.class_path.replace(":", "."):
+            return full
+    if own:
+        raise RecipeError(
+            f"{card.name} is no model that is trained alone; `torchive compare {card.name}` trains {own} with it"
+        )
+    return None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
