@@ -57,7 +57,7 @@ def to_source(found: Prediction, size: Sequence[int], source: Sequence[int]) -> 
     if panoptic is not None:
         ids = F.interpolate(panoptic.ids[None, None].float(), size=(height, width), mode="nearest")[0, 0].int()
         panoptic = resized_panoptic(ids, panoptic)
-    return Detections(boxes, found.labels, found.scores, masks, points, panoptic)
+    return Detections(boxes, found.labels, found.scores, masks, points, panoptic, found.features)
 
 
 def resized_panoptic(ids: Tensor, panoptic: Panoptic) -> Panoptic:

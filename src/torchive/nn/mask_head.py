@@ -71,13 +71,13 @@ def mask_targets(
     return torch.cat(parts)
 
 
-def detection_masks(
-    run: Callable[[Tensor, Tensor, Tensor], Tensor], boxes: Tensor, labels: Tensor, scores: Tensor
-) -> Tensor:
-    """The masks (N, D, S, S) of detections in fixed shapes, zero where a row is empty.
+def detection_values(
+    run: Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]], boxes: Tensor, labels: Tensor, scores: Tensor
+) -> list[Tensor]:
+    """What a further stage says of detections, each value (N, D, ...) in fixed shapes, zero where a row is empty.
 
     Args:
-        run: boxes (R, 4), their images (R,) and labels (R,) to masks (R, S, S); outside an export it sees only the
+        run: boxes (R, 4), their images (R,) and labels (R,) to values (R, ...); outside an export it sees only the
             rows that are not empty.
         boxes, labels, scores: as of ``fixed_detections``.
     """
@@ -85,12 +85,20 @@ def detection_masks(
     flat, label, there = boxes.flatten(0, 1), labels.flatten(), scores.flatten() >= 0
     image = image_of(boxes)
     if torch.compiler.is_compiling():
-        masks = torch.where(there[:, None, None], run(flat, image, label), 0)
+        found = run(flat, image, label)
+        whole = [torch.where(there.view(-1, *[1] * (value.ndim - 1)), value, 0) for value in found]
     else:
         rows = torch.nonzero(there)[:, 0]
         found = run(flat[rows], image[rows], label[rows])
-        masks = found.new_zeros(len(flat), *found.shape[1:]).index_copy(0, rows, found)
-    return masks.view(images, count, *masks.shape[1:])
+        whole = [value.new_zeros(len(flat), *value.shape[1:]).index_copy(0, rows, value) for value in found]
+    return [value.view(images, count, *value.shape[1:]) for value in whole]
+
+
+def detection_masks(
+    run: Callable[[Tensor, Tensor, Tensor], Tensor], boxes: Tensor, labels: Tensor, scores: Tensor
+) -> Tensor:
+    """The masks (N, D, S, S) of detections, ``detection_values`` of one value."""
+    return detection_values(lambda *rows: [run(*rows)], boxes, labels, scores)[0]
 
 
 def mask_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:

@@ -127,7 +127,8 @@ def draw_boxes(
         box, label = (boxes[index] * scale).tolist(), int(labels[index])
         draw.rectangle(box, outline=colour(label - 1), width=width)
         for x, y in [] if keypoints is None else (keypoints[index] * scale).tolist():
-            draw.ellipse((x - width, y - width, x + width, y + width), fill=colour(label - 1))
+            if x or y:  # zeros: this class has no such point
+                draw.ellipse((x - width, y - width, x + width, y + width), fill=colour(label - 1))
         name = [] if len(classes) == 1 else [_name(classes, label - 1)]
         score = [] if scores is None or (not name and len(boxes) > _MANY) else [f"{float(scores[index]):.2f}"]
         room = 1.3 * (box[2] - box[0])

@@ -7,8 +7,11 @@ The target of one sample, by task:
 - detection: a dict with ``boxes`` (L, 4) float32 xyxy in pixels, ``labels`` (L,) int64 from 1 to K (0 is background, as
   in torchvision), and optionally ``masks`` (L, H, W) uint8, ``iscrowd`` (L,) and ``area`` (L,), and ``semantic``
   (H, W) int64, the class of every pixel: 0 background, 1 to K the things as in ``labels``, above K what else there is,
-  255 where nothing is known (a system that needs it and finds none reads the masks); where only some images have
-  boxes, each also has ``has_boxes`` () bool and ``image_labels`` (K,) float, 1 for each class that it shows;
+  255 where nothing is known (a system that needs it and finds none reads the masks), and ``keypoints`` (L, P, 3), x, y
+  and 0 for not marked, 1 for hidden, 2 for visible, zeros where a class has no such point; items that are sought in
+  other images have ``pair_id``, ``style`` and ``source`` (L,), 0 a shop's and 1 a user's photograph: two are one item
+  where pair and style agree and the style is above 0; where only some images have boxes, each also has ``has_boxes``
+  () bool and ``image_labels`` (K,) float, 1 for each class that it shows;
 - self-supervised: ``None``.
 """
 

@@ -47,7 +47,9 @@ class Detections:
     """Objects of one image, highest score first, in pixels of the image that went in.
 
     ``boxes`` (L, 4) xyxy, ``labels`` (L,) from 1 to K, ``scores`` (L,) in [0, 1], ``masks`` (L, H, W) bool or None,
-    ``keypoints`` (L, P, 2), x and y of P points, or None, ``panoptic`` the segments of the whole image, or None.
+    ``keypoints`` (L, P, 2), x and y of P points, zeros where an object's class has no such point, or None,
+    ``panoptic`` the segments of the whole image, or None, ``features`` (L, E), vectors by which objects are compared,
+    or None.
     """
 
     boxes: Tensor
@@ -56,6 +58,7 @@ class Detections:
     masks: Tensor | None = None
     keypoints: Tensor | None = None
     panoptic: Panoptic | None = None
+    features: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.scores)

@@ -15,7 +15,7 @@ arguments of ``check``:
   list of (C, H, W); a procedure ``image``, ``batch`` and ``views``.
 - ``target``: ``kind`` is ``classes`` (``num_classes``; ``shape`` beyond the batch; ``open = true`` where any number of
   classes may occur, as with pair labels), ``masks`` (``num_classes``, ``ignore_index``), ``boxes`` (``num_classes``,
-  ``masks``), ``values`` (``shape``) or ``none``.
+  ``masks``, ``landmarks``, a count for each class, ``pairs``), ``values`` (``shape``) or ``none``.
 - ``smallest``: the smallest legal shape; ``too_small``: one that a ValueError refuses; ``divisor``: what H and W must
   be multiples of; ``fixed``: axes that may not vary; ``channel_axis``: 1, or -1 for tokens; ``any_channels``: the class
   does not fix the number of channels; ``same_shape``: a block's output has its input's shape (assumed of inserted

@@ -48,7 +48,21 @@ def _objects(spec: dict[str, Any], shape: Sequence[int], g: torch.Generator, cou
         y, x = torch.arange(height).view(1, -1, 1) + 0.5, torch.arange(width).view(1, 1, -1) + 0.5
         x1, y1, x2, y2 = (b.view(-1, 1, 1) for b in boxes.unbind(1))
         target["masks"] = ((x > x1) & (x < x2) & (y > y1) & (y < y2)).to(torch.uint8)
+    if "landmarks" in spec:
+        target["keypoints"] = _landmarks(spec["landmarks"], boxes, labels, g)
+    if spec.get("pairs", False):  # an item is a user's or a shop's, of one of two pairs
+        target |= {key: torch.randint(0, 2, (count,), generator=g) for key in ("pair_id", "style", "source")}
     return target
+
+
+def _landmarks(counts: Sequence[int], boxes: Tensor, labels: Tensor, g: torch.Generator) -> Tensor:
+    """Points (L, P, 3) inside their boxes, hidden or visible, zeros outside the run of their own class."""
+    owner = torch.repeat_interleave(torch.arange(1, len(counts) + 1), torch.tensor(counts))
+    place = (
+        boxes[:, None, :2] + torch.rand(len(boxes), len(owner), 2, generator=g) * (boxes[:, 2:] - boxes[:, :2])[:, None]
+    )
+    marked = torch.randint(1, 3, (len(boxes), len(owner), 1), generator=g)
+    return torch.cat([place, marked], 2) * (labels[:, None] == owner)[..., None]
 
 
 def empty_targets(spec: dict[str, Any], target: Any, shapes: Any) -> Iterator[tuple[str, Any]]:
