@@ -218,6 +218,7 @@ def rpn_loss(
     positions: int = 1,
     batch: int = 256,
     balance: float = 10.0,
+    beta: float = 1 / 9,
 ) -> dict[str, Tensor]:
     """``loss_objectness`` and ``loss_rpn_box_reg`` on sampled anchors.
 
@@ -228,8 +229,9 @@ def rpn_loss(
         sampler: labels to masks of the sampled positives and negatives.
         normalisation: "paper" is equation 1: N_cls = ``batch``, N_reg = ``positions``, lambda = ``balance``, smooth
             L1 with beta 1. "sampled" is the authors' Python code and torchvision: both sums over the number sampled,
-            beta 1/9.
+            ``beta`` 1/9.
         positions: anchor positions of an image.
+        batch, balance: of "paper"; ``beta`` of "sampled".
     """
     chosen = [torch.stack(part).bool() for part in sampler(labels)]  # positives, negatives: (N, A) each
     positive, any_chosen = chosen[0], chosen[0] | chosen[1]
@@ -237,7 +239,7 @@ def rpn_loss(
     count = any_chosen.sum().clamp(min=1)
     classification = F.binary_cross_entropy_with_logits(objectness[any_chosen], label[any_chosen], reduction="sum")
     if normalisation == "sampled":
-        regression = F.smooth_l1_loss(deltas[positive], code[positive], beta=1 / 9, reduction="sum")
+        regression = F.smooth_l1_loss(deltas[positive], code[positive], beta=beta, reduction="sum")
         return {"loss_objectness": classification / count, "loss_rpn_box_reg": regression / count}
     images = len(labels)
     regression = F.smooth_l1_loss(deltas[positive], code[positive], reduction="sum")
