@@ -26,7 +26,7 @@ class FileSamples:
     def __init__(self, source: str, index: Index, records: Sequence[Record], left_out: Sequence[Fault]) -> None:
         self.name, self.task, self.classes = source, index.task, index.classes
         self.origin = source
-        self.records, self.masks = tuple(records), index.masks
+        self.records, self.masks, self.landmarks = tuple(records), index.masks, index.channels
         self.left_out = tuple(left_out)
         self.ids = tuple(record.id for record in records)
 
@@ -40,6 +40,14 @@ class FileSamples:
         """The labels, from 1, of the objects of each sample of a detection set, read from no image."""
         return [list(record.target.labels) for record in self.records]
 
+    @property
+    def pair_ids(self) -> list[int] | None:
+        """Which samples show the same items, read from no image; None where the data do not tell."""
+        found = [record.target.values.get("pair_id") for record in self.records if isinstance(record.target, Objects)]
+        if len(found) != len(self.records) or not any(found):
+            return None
+        return [values[0] if values else -1 - k for k, values in enumerate(found)]
+
     def __len__(self) -> int:
         return len(self.records)
 
@@ -50,12 +58,13 @@ class FileSamples:
         if isinstance(target, Path):
             target = read_mask(target)
         elif isinstance(target, Objects):
-            target = box_target(target, image_size(image), self.masks)
+            target = box_target(target, image_size(image), self.masks, self.landmarks)
         return Sample(image, target, record.id)
 
 
-def box_target(objects: Objects, size: tuple[int, int], masks: bool) -> dict[str, Any]:
-    """The target of one image: boxes cut to the image, labels, area and crowd, and masks where the data have them."""
+def box_target(objects: Objects, size: tuple[int, int], masks: bool, landmarks: int = 0) -> dict[str, Any]:
+    """The target of one image: boxes cut to the image, labels, area and crowd, and masks, ``landmarks`` key points and
+    whole numbers of each object where the data have them."""
     height, width = size
     boxes = np.array(objects.boxes, np.float32).reshape(-1, 4)
     boxes = np.clip(boxes, 0, np.array([width, height, width, height], np.float32))
@@ -69,7 +78,13 @@ def box_target(objects: Objects, size: tuple[int, int], masks: bool) -> dict[str
         shapes = [np.zeros(size, np.uint8) if shape is None else decode_shape(shape, size) for shape in objects.shapes]
         target["masks"] = torch.from_numpy(np.stack(shapes) if shapes else np.zeros((0, *size), np.uint8))
         target["area"] = target["masks"].flatten(1).sum(1).float()
-    return target
+    if landmarks:
+        points = torch.zeros(len(objects.labels), landmarks, 3)
+        for row, (first, values) in enumerate(objects.landmarks):
+            own = torch.tensor(values, dtype=torch.float32).view(-1, 3)
+            points[row, first : first + len(own)] = own * (own[:, 2:] > 0)  # what is not marked stands at zero
+        target["keypoints"] = points
+    return target | {key: torch.tensor(values, dtype=torch.int64) for key, values in objects.values.items()}
 
 
 def choose_split(index: Index, split: str, seed: int) -> list[Record]:
@@ -83,9 +98,16 @@ def choose_split(index: Index, split: str, seed: int) -> list[Record]:
         return [record for record in index.records if (record.split or "train") == split]
     parts = ("train", *lacking)
     shares = (1 - 0.15 * len(lacking), *(0.15 for _ in lacking))
-    names = assign_splits([r.id for r in free], [_stratum(r) for r in free], seed=seed, splits=parts, shares=shares)
-    place = {record.id: name for record, name in zip(free, names, strict=True)}
+    keys = {_pair(record): _stratum(record) for record in free}  # what shows the same items stays together
+    names = assign_splits(list(keys), list(keys.values()), seed=seed, splits=parts, shares=shares)
+    split_of = dict(zip(keys, names, strict=True))
+    place = {record.id: split_of[_pair(record)] for record in free}
     return [record for record in index.records if place.get(record.id, record.split) == split]
+
+
+def _pair(record: Record) -> str:
+    values = record.target.values.get("pair_id") if isinstance(record.target, Objects) else None
+    return f"pair {values[0]}" if values else record.id
 
 
 def _stratum(record: Record) -> Hashable:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from torchive.data.class_sampler import ClassSampler, class_probabilities, progressive_probabilities
+from torchive.data.pair_order import pair_order
 from torchive.data.samples import SampleSet, unit
 from torchive.engine.recipe import Recipe, RecipeError
-from torchive.engine.views import SomeClasses, Subset, labels_of, object_labels_of
+from torchive.engine.views import SomeClasses, Subset, labels_of, object_labels_of, pair_ids_of
 
 
 def class_counts(samples: SampleSet) -> list[int]:
@@ -135,12 +136,15 @@ def class_order(
 ) -> Callable[[int], list[int]] | None:
     """The order of each epoch under ``data.sampling``, or under a procedure's own rule; None for the plain one.
 
+    Where the data tell which images show the same items, these follow each other, so that they come in one batch.
+
     Raises:
         RecipeError: the samples have no classes, or the rule changes over a run whose length in steps is not known.
     """
     sampling, train = recipe.data.sampling, recipe.train
     if own is None and sampling == 1:
-        return None
+        pairs = pair_ids_of(samples)
+        return pair_order(pairs, train.seed) if pairs else None
     if train.seconds is not None and (own is not None or isinstance(sampling, str)):
         raise RecipeError("sampling that changes over the run needs a budget in steps, got one in seconds")
     _require_classes(samples, "data.sampling")

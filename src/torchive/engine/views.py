@@ -152,3 +152,11 @@ def object_labels_of(samples: SampleSet, *, read: bool = True) -> list[list[int]
     if known is None and read:
         known = [samples[i].target["labels"].tolist() for i in range(len(samples))]
     return known
+
+
+def pair_ids_of(samples: SampleSet) -> list[int] | None:
+    """The pair of each sample of a set whose images show the same items in twos or more; None of any other set."""
+    if isinstance(samples, Subset):
+        inside = pair_ids_of(samples.samples)
+        return inside and [inside[i] for i in samples.indices]
+    return getattr(samples, "pair_ids", None)

@@ -176,6 +176,8 @@ class Pipeline:
         if "masks" in target:
             masks = target["masks"]
             target["masks"] = F.resize_mask(masks, list(size)) if len(masks) else masks.new_zeros((0, *size))
+        if "keypoints" in target:
+            target["keypoints"] = target["keypoints"] * torch.cat([factors, factors.new_ones(1)])
         if "semantic" in target:
             target["semantic"] = F.resize_mask(target["semantic"][None], list(size))[0]
         return image, target
@@ -217,6 +219,14 @@ class Pipeline:
         return image, target
 
     def _augment_boxes(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        moving = [
+            step for step in self.steps if isinstance(step, RandomIoUCrop) or "_geometry" in type(step).__module__
+        ]
+        if moving and "keypoints" in target:
+            raise ValueError(
+                f"{type(moving[0]).__name__} does not move landmarks, nor does it know left from right; for data with "
+                "landmarks list others, as augment: [light]"
+            )
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
         typed: dict[str, Any] = {**target, "boxes": boxes}
         typed |= {key: tv_tensors.Mask(target[key]) for key in ("masks", "semantic") if key in target}

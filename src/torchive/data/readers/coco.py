@@ -104,7 +104,7 @@ def _object(
         return None
     ids.add(str(entry.get("id", name)))
     box = entry.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         index.fault(file, None, "broken", f"{name}: bbox must be four numbers, got {repr(box)[:80]}", sample)
         return None
     category = entry.get("category_id")
@@ -152,9 +152,9 @@ def decode_shape(shape: Any, size: tuple[int, int]) -> np.ndarray[Any, Any]:
 def _is_polygon(part: Any) -> bool:
     if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
         return False
-    return all(map(_is_number, part))
+    return all(map(is_number, part))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a JSON value is a number that a picture may have: neither a truth value, nor infinite, nor absurd."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9

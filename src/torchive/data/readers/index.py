@@ -25,8 +25,8 @@ SPLIT_NAMES = {
 @dataclass(frozen=True)
 class Objects:
     """The objects of one image. ``boxes`` are xyxy; ``lines`` and ``names`` say where each stands; ``shapes`` are
-    COCO's
-    segmentations or None."""
+    COCO's segmentations or None; ``landmarks`` are the first channel of each and x, y, v of its points; ``values`` are
+    whole numbers by what they tell, one for each object."""
 
     boxes: tuple[tuple[float, float, float, float], ...] = ()
     labels: tuple[int, ...] = ()
@@ -35,6 +35,8 @@ class Objects:
     lines: tuple[int | None, ...] = ()
     names: tuple[str, ...] = ()
     size: tuple[int, int] | None = None  # (H, W) as the annotation states it
+    landmarks: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    values: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Record:
 
 @dataclass
 class Index:
-    """Everything of one source. ``files`` are the annotation files read."""
+    """Everything of one source. ``files`` are the annotation files read, ``channels`` the landmarks of all classes."""
 
     task: str
     classes: tuple[str, ...] = ()
@@ -60,6 +62,7 @@ class Index:
     faults: list[Fault] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     masks: bool = False
+    channels: int = 0
 
     def fault(self, file: Path | str, line: int | None, kind: str, message: str, sample: str | None = None) -> None:
         """Note a fault."""

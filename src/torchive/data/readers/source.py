@@ -9,6 +9,7 @@ from pathlib import Path
 from torchive.data.faults import DataError
 from torchive.data.images import is_image
 from torchive.data.readers.coco import read_coco
+from torchive.data.readers.deepfashion2 import read_deepfashion2
 from torchive.data.readers.folder import read_folder
 from torchive.data.readers.index import Index
 from torchive.data.readers.masks import read_masks
@@ -21,6 +22,7 @@ _READERS: dict[str, tuple[int, Callable[..., Index]]] = {
     "coco": (2, read_coco),
     "voc": (1, read_voc),
     "masks": (2, read_masks),
+    "deepfashion2": (1, read_deepfashion2),
 }
 _USAGE = {
     "folder": "folder:PATH",
@@ -28,6 +30,7 @@ _USAGE = {
     "coco": "coco:ANNOTATIONS.json,IMAGES/",
     "voc": "voc:PATH",
     "masks": "masks:IMAGES/,MASKS/",
+    "deepfashion2": "deepfashion2:PATH",
 }
 
 
@@ -82,6 +85,8 @@ def _recognise(path: Path) -> Source:
         raise DataError(f"{path}: not a kind of data that is read; expected {', '.join(_USAGE.values())}")
     if (path / "images").is_dir() and (path / "masks").is_dir():
         return Source("masks", (str(path / "images"), str(path / "masks")))
+    if any((part / "annos").is_dir() for part in (path, path / "train", path / "validation")):
+        return Source("deepfashion2", (str(path),))
     if (path / "Annotations").is_dir() or any(path.glob("*.xml")):
         return Source("voc", (str(path),))
     if any(entry.is_dir() for entry in path.iterdir()):
@@ -108,7 +113,7 @@ def read_index(source: Source, splits: tuple[str, ...]) -> Index:
             continue
         part = _read(reader, paths)
         if whole is None:
-            whole = Index(part.task, part.classes, masks=part.masks)
+            whole = Index(part.task, part.classes, masks=part.masks, channels=part.channels)
         if part.classes and part.classes != whole.classes:
             raise DataError(f"{paths[0]}: its classes {part.classes} are not those of the other splits {whole.classes}")
         whole.records += [replace(entry, id=f"{split}/{entry.id}", split=split) for entry in part.records]
