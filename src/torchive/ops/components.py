@@ -43,8 +43,13 @@ def connected_components(segments: Tensor, *, diagonal: bool = False) -> Tensor:
         diagonal: whether pixels that share a corner alone are neighbours, too.
     """
     beside = neighbours(segments, diagonal=diagonal)
-    name = torch.arange(beside.shape[1], device=segments.device)
+    kept = (segments != 0).flatten()
     exported = torch.compiler.is_compiling()
+    place = torch.arange(beside.shape[1], device=segments.device)
+    if not exported:  # what is not in a segment costs nothing
+        place = place[kept]
+        beside = (kept.cumsum(0) - 1)[beside[:, place]]
+    name = torch.arange(beside.shape[1], device=segments.device)
     for _ in range(_ROUNDS if exported else beside.shape[1] + 1):
         lowest = torch.minimum(name, name[beside].amin(0))
         hooked = torch.minimum(lowest, name.scatter_reduce(0, name, lowest, "amin"))
@@ -53,4 +58,5 @@ def connected_components(segments: Tensor, *, diagonal: bool = False) -> Tensor:
         if not exported and bool((hooked == name).all()):
             break
         name = hooked
-    return torch.where(segments != 0, name.view(segments.shape) + 1, 0)
+    found = torch.zeros(segments.numel(), dtype=torch.int64, device=segments.device).scatter(0, place, place[name] + 1)
+    return torch.where(kept, found, 0).view(segments.shape)

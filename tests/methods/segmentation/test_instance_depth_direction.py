@@ -20,6 +20,7 @@ from torchive.methods.segmentation.instance_depth_direction import (
     VGGTrunk,
     mean_aspects,
 )
+from torchive.methods.segmentation.instance_depth_direction.decoding import group_by_centres, read_fields
 from torchive.methods.segmentation.instance_depth_direction.encoding import (
     depth_classes,
     direction_classes,
@@ -286,3 +287,354 @@ def test_encoding_scores_and_losses_equal_slow_references(double, record) -> Non
         what="maps of classes, template scores, centres, votes, leftovers, fusion and losses",
     )
     record("instance_depth_direction", "matched", impossible="no code of the authors or of others was found")
+
+
+def slow_pieces(ids: np.ndarray) -> np.ndarray:
+    """Each id's largest piece by a flood fill over eight neighbours, the first one of equals."""
+    height, width = ids.shape
+    seen, kept = np.zeros(ids.shape, dtype=bool), np.zeros_like(ids)
+    best: dict[int, list[tuple[int, int]]] = {}
+    for start in itertools.product(range(height), range(width)):
+        if ids[start] == 0 or seen[start]:
+            continue
+        piece, todo = [], [start]
+        seen[start] = True
+        while todo:
+            y, x = todo.pop()
+            piece.append((y, x))
+            for i, j in itertools.product((y - 1, y, y + 1), (x - 1, x, x + 1)):
+                if 0 <= i < height and 0 <= j < width and ids[i, j] == ids[start] and not seen[i, j]:
+                    seen[i, j] = True
+                    todo.append((i, j))
+        if len(piece) > len(best.get(int(ids[start]), [])):
+            best[int(ids[start])] = piece
+    for name, piece in best.items():
+        for place in piece:
+            kept[place] = name
+    return kept
+
+
+def slow_grouping(
+    field: np.ndarray, kind: np.ndarray, depth: np.ndarray, score: np.ndarray, half: np.ndarray, sides: list[float]
+) -> np.ndarray:
+    """Post-processing one maximum, one pixel and one pair of parts after the other; the defaults of the module."""
+    height, width = kind.shape
+    around = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
+
+    def beside(y: int, x: int) -> list[tuple[int, int]]:
+        return [(y + i, x + j) for i, j in around if 0 <= y + i < height and 0 <= x + j < width]
+
+    maxima = [
+        (y, x)
+        for y, x in itertools.product(range(height), range(width))
+        if score[y, x] > 0.3 and all(score[place] <= score[y, x] for place in beside(y, x))
+    ]
+    maxima.sort(key=lambda place: -score[place])
+    alive: list[tuple[int, int]] = []
+    names = {}
+    for k, (y, x) in enumerate(maxima):
+        rivals = []
+        for i, j in alive:
+            ry, rx = half[kind[i, j] - 1, depth[i, j]]
+            near = abs(y - i) <= ry and abs(x - j) <= rx
+            rivals.append(near and kind[i, j] == kind[y, x] and abs(int(depth[i, j]) - int(depth[y, x])) <= 3)
+        if not any(rivals):
+            alive.append((y, x))
+            names[(y, x)] = k + 1
+    ids = np.zeros_like(kind)
+    for y, x in itertools.product(range(height), range(width)):
+        nearest = math.inf
+        for i, j in alive:
+            if kind[y, x] == 0 or kind[i, j] != kind[y, x] or abs(int(depth[i, j]) - int(depth[y, x])) > 3:
+                continue
+            length = math.hypot(*field[:, y, x])
+            ux, uy = field[:, y, x] / length if length > 1e-12 else (0.0, 0.0)
+            along, across = (j - x) * ux + (i - y) * uy, abs((j - x) * uy - (i - y) * ux)
+            distance = math.hypot(i - y, j - x)
+            cone = math.tan(math.radians(22.5)) * max(along, 0) + 1.5
+            if along >= -1.5 and across <= cone and distance <= 1.5 * sides[depth[i, j]] + 1.5 and distance < nearest:
+                nearest, ids[y, x] = distance, names[(i, j)]
+    ids = slow_pieces(ids)
+    bins = {names[place]: int(depth[place]) for place in alive}
+    for _ in range(16):
+        grown = ids.copy()
+        for y, x in itertools.product(range(height), range(width)):
+            if kind[y, x] and not ids[y, x]:
+                near = [ids[p] for p in beside(y, x) if ids[p] and kind[p] == kind[y, x]]
+                grown[y, x] = min((k for k in near if abs(bins[k] - int(depth[y, x])) <= 3), default=0)
+        ids = grown
+    partner = {}
+    for place in alive:
+        own, borders = names[place], Counter()
+        members = [p for p in itertools.product(range(height), range(width)) if ids[p] == own]
+        if not members:
+            continue
+        mean = sum(field[:, y, x] for y, x in members) / len(members)
+        borders = Counter(int(ids[q]) for p in members for q in beside(*p) if ids[q] not in (0, own))
+        fitting = []
+        for other in alive:
+            way = np.array([other[1] - place[1], other[0] - place[0]], dtype=float)
+            ahead = way @ mean >= math.sqrt(0.5) * np.linalg.norm(way) * np.linalg.norm(mean)
+            alike = kind[other] == kind[place] and abs(bins[names[other]] - bins[own]) <= 3
+            if borders[names[other]] and ahead and alike and np.linalg.norm(mean) > 0.4:
+                fitting.append((-borders[names[other]], names[other]))
+        if fitting:
+            partner[own] = min(fitting)[1]
+    result = np.zeros_like(ids)
+    for name in names.values():
+        chain = [name]
+        while chain[-1] in partner and partner[chain[-1]] not in chain:
+            chain.append(partner[chain[-1]])
+        cycle = chain[chain.index(partner[chain[-1]]) :] if chain[-1] in partner else chain[-1:]
+        result[ids == name] = min(cycle)
+    return result
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_grouping_equals_a_slow_reference(double, seed: int) -> None:
+    """Ellipses with wrong directions, depths and categories here and there, so that every step has work."""
+    encoding = Encoding(depths=9, depth_range=(4.0, 32.0), object_size=128.0)
+    draw = torch.Generator().manual_seed(seed)
+    masks = draw_ellipses(seed, 7, gap=0, largest=10.0, size=(36, 44))
+    truth = encode(target_of(masks), (36, 44), encoding)
+    kind = (truth["direction"] > 0).long()
+    depth = (truth["depth"] - 1).clamp(min=0)
+    noisy = torch.rand(36, 44, generator=draw)
+    depth = torch.where(noisy < 0.1, torch.randint(0, 9, (36, 44), generator=draw), depth)
+    depth[:, 20:26] = (depth[:, 20:26] + 3).clamp(max=8)  # smaller templates: parts to fuse
+    kind = torch.where((noisy > 0.9) & (kind > 0), 2, kind)
+    field = torch.where(
+        truth["direction"] > 0, direction_vectors(8, noisy.double())[truth["direction"] - 1].movedim(-1, 0), 0
+    )
+    field = (field + 0.5 * torch.randn(2, 36, 44, generator=draw)) * (kind > 0)
+    field = field / field.norm(dim=0).clamp(min=1)
+    decoder = InstanceDecoder(encoding, num_classes=2)
+    half, sides = decoder.extent, decoder.sides.double()
+    score = match_templates(field, kind, depth, half, decoder.largest)
+    found, _ = group_by_centres(Fields(field, kind, depth), half, sides, decoder.largest)
+    wanted = slow_grouping(field.numpy(), kind.numpy(), depth.numpy(), score.numpy(), half.numpy(), sides.tolist())
+    assert torch.equal(found, torch.from_numpy(wanted))
+    assert len(found.unique()) > 4
+
+
+def test_parts_that_point_across_their_border_become_one() -> None:
+    """A disc cut in two, each half pointing to the common centre; two whole neighbours stay two."""
+    y, x = torch.meshgrid(torch.arange(21.0), torch.arange(41.0), indexing="ij")
+    left, right = (x - 10) ** 2 + (y - 10) ** 2 <= 81, (x - 30) ** 2 + (y - 10) ** 2 <= 121
+    ids = torch.where(left & (x < 10), 1, 0) + torch.where(left & (x >= 10), 2, 0) + torch.where(right & ~left, 3, 0)
+    centre = torch.where(left, 10.0, 30.0)
+    field = F.normalize(torch.stack([centre - x, 10 - y]), dim=0) * (ids > 0)
+    fields = Fields(field, (ids > 0).long(), torch.zeros_like(ids))
+    points = torch.tensor([[5.0, 10.0], [14.0, 10.0], [30.0, 10.0]])
+    one = torch.ones(3, dtype=torch.int64)
+    centres = Centres(points, torch.tensor([0.9, 0.8, 0.7]), one, 0 * one, one > 0)
+    assert fuse(ids, fields, centres, bias=0.4, depth_gap=3).unique().tolist() == [0, 1, 3]
+    assert torch.equal(fuse(ids, fields, centres, bias=1.0, depth_gap=3), ids)
+    other = Centres(points, centres.score, one, torch.tensor([0, 5, 5]), one > 0)
+    assert fuse(ids, fields, other, bias=0.4, depth_gap=3).unique().tolist() == [0, 1, 2, 3]
+
+
+def test_chains_and_circles_of_parts_have_one_root() -> None:
+    assert roots(torch.tensor([1, 2, 0, 2, 3, 5, 5])).tolist() == [0, 0, 0, 0, 0, 5, 5]
+    long = torch.arange(1, 1001).clamp(max=999)
+    assert roots(long).tolist() == [999] * 1000
+    assert roots(long[:0]).tolist() == []
+
+
+def test_bins_of_depth_are_narrow_where_it_is_near() -> None:
+    city = Encoding(depth_range=(6.0, 100.0), object_size=3600.0)  # the paper: class 1 to 6 m, class 19 from 100 m
+    widths = [b - a for a, b in itertools.pairwise(city.edges)]
+    assert len(city.edges) == 18
+    assert widths == sorted(widths)
+    assert (city.edges[0], city.edges[-1]) == pytest.approx((6.0, 100.0))
+    assert depth_classes(torch.tensor([1.0, 6.1, 99.0, 101.0]), city.edges).tolist() == [0, 1, 17, 18]
+    assert depth_classes(torch.tensor(city.middles), city.edges).tolist() == list(range(19))
+    ratios = [a / b for a, b in itertools.pairwise(city.sides)]
+    assert max(ratios) == pytest.approx(min(ratios))  # objects of one class have a like size in the image
+    size = 256 / torch.tensor([40.0, 10.0]) ** 2
+    masks = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    masks[0, :40, :40], masks[1, 50:60, 50:60] = 1, 1
+    truth = encode(target_of(masks), (64, 64), Encoding())
+    by_size = depth_classes(256 / torch.tensor([40.0, 10.0]), Encoding().edges) + 1
+    assert [int(truth["depth"][masks[k] > 0].unique()) for k in (0, 1)] == by_size.tolist()
+    given = encode(target_of(masks, depth=size), (64, 64), Encoding())
+    assert int(given["depth"][0, 0]) == int(depth_classes(size[:1], Encoding().edges)) + 1
+
+
+def test_continuous_direction_is_the_mean_of_the_classes(double) -> None:
+    decoder = InstanceDecoder(Encoding(depths=0, depth_range=(16.0, 16.0)), num_classes=1)
+    logits = torch.randn(9, 4, 5)
+    semantic = torch.stack([torch.zeros(4, 5), torch.ones(4, 5)])
+    fields, *_ = read_fields({"semantic": semantic, "direction": logits}, decoder.categories)
+    share = logits.exp() / logits.exp().sum(0)
+    for axis, wave in enumerate((math.cos, math.sin)):
+        wanted = sum(share[k + 1] * wave(k * math.pi / 4) for k in range(8))
+        assert torch.allclose(fields.directions[axis], wanted)
+    pair = torch.randn(2, 4, 5)
+    numbers, *_ = read_fields({"semantic": semantic, "direction": 9 * pair}, decoder.categories)
+    assert torch.allclose(numbers.directions.norm(dim=0), (9 * pair).norm(dim=0).clamp(max=1))
+
+
+def test_classes_of_one_category_share_their_centres() -> None:
+    """Half of an object is taken for a like class: merged it is one object with the more frequent label."""
+    encoding = Encoding()
+    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")
+    mask = ((x - 20) ** 2 + (y - 20) ** 2 <= 100).to(torch.uint8)[None]
+    truth = encode(target_of(mask), (40, 40), encoding)
+    truth["semantic"] = torch.where((truth["semantic"] > 0) & (y < 19), 2, truth["semantic"])
+    raw = perfect_logits(truth, encoding, 3)
+    merged = InstanceDecoder(encoding, num_classes=3, categories=[1, 1, 2], template_aspects=[1.0, 0.5])
+    found = merged.instances(raw)
+    assert torch.equal(found.ids > 0, mask[0] > 0)
+    assert found.labels.tolist() == [1]
+    assert bool((found.semantic[mask[0] > 0] == 1).all())
+    apart = InstanceDecoder(encoding, num_classes=3).instances(raw)
+    assert sorted(apart.labels.unique().tolist()) in ([1], [2], [1, 2])
+    assert not torch.equal(apart.ids > 0, mask[0] > 0) or len(apart.labels) > 1
+
+
+def test_connected_pieces_are_the_baseline() -> None:
+    masks = torch.zeros(3, 20, 30, dtype=torch.uint8)
+    masks[0, 2:9, 2:9], masks[1, 2:9, 9:14], masks[2, 12:18, 20:28] = 1, 1, 1
+    encoding = Encoding()
+    truth = encode(target_of(masks), (20, 30), encoding)
+    pieces = InstanceDecoder(encoding, num_classes=1, grouping="components")
+    found = pieces.instances(perfect_logits(truth, encoding, 1))
+    assert sorted((found.ids == k).sum().item() for k in (1, 2)) == [48, 84]  # the two that touch are one
+    assert len(pieces.instances(perfect_logits(truth, encoding, 1), min_area=50).labels) == 1
+    with pytest.raises(ValueError, match=r"take min_area and max_detections alone, got \['bias'\]"):
+        pieces.instances(perfect_logits(truth, encoding, 1), bias=1.0)
+
+
+def test_template_aspects_are_the_class_means() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 20], [0, 0, 10, 5], [5, 5, 9, 21]])
+    target = {"boxes": boxes, "labels": torch.tensor([1, 1, 3])}
+    assert mean_aspects(
+        [target, {"boxes": boxes[:0], "labels": torch.zeros(0, dtype=torch.int64)}], 3
+    ) == pytest.approx([1.0, 1.0, 4.0])
+    decoder = InstanceDecoder(Encoding(), num_classes=3, template_aspects=[1.0, 1.0, 4.0])
+    high, wide = decoder.extent[2, 9].tolist()
+    assert high / wide == pytest.approx(4.0, rel=0.15)
+
+
+@pytest.mark.parametrize(("count", "most"), [(0, 1.0), (1, 1.0), (1000, 1.0), (1000, 40.0)])
+@pytest.mark.parametrize("options", [{}, {"directions": 0, "depths": 0}])
+def test_empty_and_crowded_images(count: int, most: float, options: dict[str, int], objects) -> None:
+    """No object, objects of a pixel or less, a thousand of them; images of two sizes."""
+    net = InstanceDepthDirection(**{**SMALL, **options})
+    crowd, none = objects(count, (64, 96), 0.5, most), objects(0, (80, 50), 1, 1)
+    losses = net.losses([torch.rand(3, 64, 96), torch.rand(3, 80, 50)], [crowd, none])
+    assert all(v.isfinite() for v in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
+    found = net.eval().predict([torch.rand(3, 64, 96), torch.rand(3, 50, 33)], score_threshold=0.0)
+    assert [tuple(d.masks.shape[1:]) for d in found] == [(64, 96), (50, 33)]
+    assert all(int(d.masks.sum(0).max() if len(d) else 0) <= 1 for d in found)
+
+
+def test_a_thousand_objects_come_back() -> None:
+    """Discs of nine pixels' width on a grid: all are found in one pass, each with its own mask and box."""
+    side, pitch = 320, 10
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    inside = (x % pitch - 4) ** 2 + (y % pitch - 4) ** 2 <= 16
+    ids = torch.where(inside, y // pitch * (side // pitch) + x // pitch + 1, 0)
+    masks = (ids == torch.arange(1, 1025)[:, None, None]).to(torch.uint8)
+    encoding = Encoding()
+    truth = encode(target_of(masks), (side, side), encoding)
+    net = InstanceDepthDirection(
+        **{**SMALL, "num_classes": 1, "depths": 19, "depth_range": (1.0, 32.0), "object_size": 256.0}
+    )
+    raw = {name: value[None] for name, value in perfect_logits(truth, encoding, 1).items()}
+    found = net.decode(raw, [(side, side)], candidates=2000, max_detections=2000)[0]
+    assert len(found) == 1024
+    assert bool((found.masks.flatten(1).sum(1) == 49).all())
+    assert bool((found.boxes[:, 2:] - found.boxes[:, :2] == 9).all())
+
+
+def test_crowds_count_nowhere_and_background_without_objects_does() -> None:
+    encoding = Encoding()
+    masks = torch.zeros(2, 16, 16, dtype=torch.uint8)
+    masks[0, :8], masks[1, 2:6, 2:6] = 1, 1
+    truth = encode(target_of(masks, iscrowd=torch.tensor([1, 0])), (16, 16), encoding)
+    for name in ("semantic", "depth", "direction"):
+        assert (truth[name] == 255).sum() == 8 * 16 - 16
+        assert bool((truth[name][8:] == 0).all())
+    channels = {"semantic": 2, "depth": 20, "direction": 9}
+    raw = {name: torch.randn(1, count, 16, 16, requires_grad=True) for name, count in channels.items()}
+    losses = encoding_loss(raw, {name: value[None] for name, value in truth.items()})
+    sum(losses.values()).backward()
+    for logits in raw.values():
+        assert logits.grad[..., 0, :].abs().sum() == 0
+        assert logits.grad[..., 9, :].abs().sum() > 0
+    numbers = torch.randn(1, 2, 16, 16, requires_grad=True)  # two numbers: the background has no direction to learn
+    rest = {name: value[None] for name, value in truth.items() if name != "direction"}
+    encoding_loss({"direction": numbers}, rest)["direction"].backward()
+    assert numbers.grad[..., 9, :].abs().sum() == 0
+    assert numbers.grad[..., 3, 2:6].abs().sum() > 0
+
+
+def test_fcn8s_over_vgg16_and_other_backbones() -> None:
+    with torch.device("meta"):
+        net = InstanceDepthDirection(num_classes=8, stuff_classes=10)
+        trunk = VGGTrunk()
+    assert sum(p.numel() for p in trunk.parameters()) == 134260544  # VGG-16 without its last layer
+    assert net.network.stride == 8
+    raw = InstanceDepthDirection(num_classes=2, backbone="torchvision/resnet18", width=8, finest=4)(
+        torch.rand(1, 3, 40, 70)
+    )
+    assert {name: tuple(value.shape) for name, value in raw.items()} == {
+        "semantic": (1, 3, 64, 96),
+        "depth": (1, 20, 64, 96),
+        "direction": (1, 9, 64, 96),
+    }
+    other = InstanceDepthDirection(
+        num_classes=2, backbone="timm/mobilenetv3_small_100", width=8, depths=0, directions=0
+    )
+    assert {name: value.shape[1] for name, value in other.eval()(torch.rand(1, 3, 32, 32)).items()} == {
+        "semantic": 3,
+        "direction": 2,
+    }
+
+
+@pytest.mark.slow
+def test_the_whole_decoding_exports(tmp_path) -> None:
+    """One file from image to ids, at three sizes the same objects as PyTorch's."""
+    torch.manual_seed(0)
+    options = {"num_classes": 2, "depths": 4, "depth_range": (8.0, 16.0)}
+    net = InstanceDepthDirection(**{**SMALL, **options}).eval()
+    with torch.no_grad():
+        for name in ("direction", "semantic"):
+            net.network.heads[name].weight.mul_(30)
+    whole = nn.Sequential(net, net.decoder).eval()
+    structure = write_onnx(whole, torch.rand(1, 3, 64, 96), tmp_path / "d.onnx", dynamic=(2, 3))
+    file = OnnxModel(tmp_path / "d.onnx", structure)
+    for size in ((64, 96), (96, 64), (50, 70)):
+        x = torch.rand(1, 3, *size)
+        with torch.no_grad():
+            wanted = whole(x)
+        found = file(x)
+        assert len(wanted["ids"].unique()) > 2
+        assert torch.equal(found["ids"], wanted["ids"])
+        count = wanted["scores"].shape[1]
+        assert torch.allclose(found["scores"][:, :count], wanted["scores"], atol=1e-5)
+
+
+def test_what_is_refused(objects) -> None:
+    for options, words in (
+        ({"num_classes": 0}, "num_classes and width must be >= 1, stuff_classes >= 0, got 0, 16, 0"),
+        ({"num_classes": 255}, "expected fewer than 255 classes, got 255 and 0"),
+        ({"directions": 2}, "directions must be 0 or >= 3 and depths 0 or >= 2, got 2 and 5"),
+        ({"depth_range": (8.0, 8.0)}, r"expected 0 < near < far and object_size > 0, got \(8.0, 8.0\)"),
+        ({"categories": [1, 3, 3]}, r"expected a category from 1 on for each of 3 classes, got \[1, 3, 3\]"),
+        ({"template_aspects": [1.0]}, r"expected 3 template_aspects above zero, got \[1.0\]"),
+        ({"grouping": "boxes"}, "grouping must be centres or components and nms_radius above zero, got 'boxes'"),
+        ({"finest": 64}, "expected a map of stride 64 or more"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            InstanceDepthDirection(**{**SMALL, **options})
+    net = InstanceDepthDirection(**SMALL)
+    target = objects(2, (64, 64), 20, 40)
+    with pytest.raises(ValueError, match="target 0: expected masks beside the boxes, got boxes, labels"):
+        net.losses([torch.rand(3, 64, 64)], [{k: v for k, v in target.items() if k != "masks"}])
+    with pytest.raises(ValueError, match="target 0: expected 2 depths above zero"):
+        net.losses([torch.rand(3, 64, 64)], [{**target, "depth": torch.tensor([1.0, 0.0])}])

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from torchive.ops.masks import IGNORED, class_map
+from torchive.ops.masks import IGNORED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +84,9 @@ def depth_classes(depth: Tensor, edges: Sequence[float]) -> Tensor:
 
 def visible_ids(masks: Tensor) -> Tensor:
     """The row from 1 (H, W) of the last of the masks (L, H, W) at each pixel, 0 where there is none."""
-    if not len(masks):
-        return torch.zeros(masks.shape[1:], dtype=torch.int64, device=masks.device)
-    last = (masks != 0).flip(0)
-    return torch.where(last.any(0), len(masks) - last.to(torch.uint8).argmax(0), 0)
+    row, y, x = torch.nonzero(masks, as_tuple=True)
+    ids = torch.zeros(masks.shape[1] * masks.shape[2], dtype=torch.int64, device=masks.device)
+    return ids.scatter_reduce(0, y * masks.shape[2] + x, row + 1, "amax").view(masks.shape[1:])
 
 
 def areas_and_centroids(ids: Tensor, count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -115,13 +114,17 @@ def encode(target: dict[str, Tensor], size: tuple[int, int], encoding: Encoding)
     """
     masks, labels = target["masks"], target["labels"]
     crowd = target.get("iscrowd", torch.zeros_like(labels)).bool()
-    semantic = target["semantic"] if "semantic" in target else class_map(target, size)
-    ids = visible_ids(masks[~crowd])
-    ignored = (masks[crowd] != 0).any(0) & (ids == 0)
-    count = int((~crowd).sum())
+    ignored = torch.zeros(size, dtype=torch.bool, device=masks.device)
+    if bool(crowd.any()):
+        ignored = (masks[crowd] != 0).any(0)
+        masks, labels = masks[~crowd], labels[~crowd]
+    ids, count = visible_ids(masks), len(masks)
+    ignored &= ids == 0
     area, centre = areas_and_centroids(ids, count)
     there = ids > 0
     row = (ids - 1).clamp(min=0)
+    classes = torch.where(there, labels[row], 0) if count else ids
+    semantic = target.get("semantic", classes)
     vectors = centre.new_zeros(2, *size)
     if count:
         y, x = (torch.arange(side, device=ids.device, dtype=centre.dtype) for side in size)
@@ -130,8 +133,8 @@ def encode(target: dict[str, Tensor], size: tuple[int, int], encoding: Encoding)
         vectors = offsets / offsets.norm(dim=0).clamp(min=1e-6)
     truth = {"semantic": torch.where(ignored, IGNORED, semantic), "vectors": vectors, "ignored": ignored}
     if encoding.directions:
-        classes = direction_classes(vectors.movedim(0, -1), encoding.directions) + 1
-        truth["direction"] = torch.where(ignored, IGNORED, torch.where(there, classes, 0))
+        ways = direction_classes(vectors.movedim(0, -1), encoding.directions) + 1
+        truth["direction"] = torch.where(ignored, IGNORED, torch.where(there, ways, 0))
     if encoding.depths:
         depth = target["depth"][~crowd] if "depth" in target else encoding.object_size / area.clamp(min=1).sqrt()
         bins = depth_classes(depth.to(area), encoding.edges) + 1

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchive.methods.segmentation.instance_depth_direction.templates import Centres, points_at
 from torchive.ops.components import connected_components, neighbours
 
-_PAIRS = 2**23  # of a pixel and a centre that are looked at together
+_BAND = 2**12  # pixels of objects that are looked at together
 _SLACK = 1.5  # pixels by which a direction may miss a centre that is itself known to a pixel
 _JUMPS = 10  # of pointers in an exported file: chains of a thousand parts
 
@@ -41,26 +41,38 @@ def vote(fields: Fields, centres: Centres, sides: Tensor, *, tolerance: float, r
     """
     height, width = fields.categories.shape
     ids = torch.zeros_like(fields.categories).flatten()
-    if not centres.points.shape[0]:
-        return ids.view(height, width)
-    flat = torch.arange(height * width, device=ids.device)
-    rows = flat if torch.compiler.is_compiling() else flat[fields.categories.flatten() > 0]
-    limit = reach * sides[centres.depth]
-    opening = math.tan(math.radians(tolerance))
-    step = max(_PAIRS // centres.points.shape[0], 1)
-    parts = []
-    for row in (rows,) if torch.compiler.is_compiling() else rows.split(step):
-        away = centres.points - points_at(row, width)[:, None]  # (P, M, 2)
-        unit = torch.nn.functional.normalize(fields.directions.flatten(1)[:, row], dim=0).T[:, None]
-        along = (away * unit).sum(-1)
-        across = (away[..., 0] * unit[..., 1] - away[..., 1] * unit[..., 0]).abs()
-        distance = away.norm(dim=-1)
-        fits = (along >= -_SLACK) & (across <= opening * along.clamp(min=0) + _SLACK) & (distance <= limit + _SLACK)
-        fits &= centres.there & (fields.categories.flatten()[row, None] == centres.category)
-        fits &= (fields.depths.flatten()[row, None] - centres.depth).abs() <= depth_gap
-        nearest, best = torch.where(fits, distance, torch.inf).min(1)
-        parts.append(torch.where(nearest < torch.inf, best + 1, 0))
-    return ids.scatter(0, rows, torch.cat(parts)).view(height, width)
+    place = torch.arange(height * width, device=ids.device)
+    limit = reach * sides[centres.depth] + _SLACK
+    if torch.compiler.is_compiling():
+        every = torch.arange(centres.points.shape[0], device=ids.device)
+        return ids.scatter(0, place, _nearest(fields, centres, limit, place, every, tolerance, depth_gap)).view(
+            height, width
+        )
+    real = torch.nonzero(centres.there)[:, 0]
+    middle = centres.points[real, 1]
+    for rows in place[fields.categories.flatten() > 0].split(_BAND):  # a band of the image sees few centres
+        top, below = int(rows[0]) // width, int(rows[-1]) // width
+        near = real[(middle >= top - limit[real]) & (middle <= below + limit[real])]
+        if len(near):
+            ids[rows] = _nearest(fields, centres, limit, rows, near, tolerance, depth_gap)
+    return ids.view(height, width)
+
+
+def _nearest(
+    fields: Fields, centres: Centres, limit: Tensor, rows: Tensor, some: Tensor, tolerance: float, depth_gap: int
+) -> Tensor:
+    """The nearest fitting candidate (P,), from 1, of pixels ``rows`` (P,) among the candidates ``some`` (m,)."""
+    away = centres.points[some] - points_at(rows, fields.categories.shape[1])[:, None]  # (P, m, 2)
+    unit = torch.nn.functional.normalize(fields.directions.flatten(1)[:, rows], dim=0).T[:, None]
+    along = (away * unit).sum(-1)
+    across = (away[..., 0] * unit[..., 1] - away[..., 1] * unit[..., 0]).abs()
+    distance = away.norm(dim=-1)
+    fits = (along >= -_SLACK) & (across <= math.tan(math.radians(tolerance)) * along.clamp(min=0) + _SLACK)
+    fits &= centres.there[some] & (distance <= limit[some])
+    fits &= fields.categories.flatten()[rows, None] == centres.category[some]
+    fits &= (fields.depths.flatten()[rows, None] - centres.depth[some]).abs() <= depth_gap
+    nearest, best = torch.where(fits, distance, torch.inf).min(1)
+    return torch.where(nearest < torch.inf, some[best] + 1, 0)
 
 
 def keep_largest_pieces(ids: Tensor, count: int) -> Tensor:
@@ -86,20 +98,20 @@ def join_leftovers(ids: Tensor, fields: Fields, depth: Tensor, *, depth_gap: int
     """
     bins = torch.cat([depth.new_zeros(1), depth])
     none = depth.shape[0] + 1
-    beside = neighbours(fields.categories, diagonal=True)
-    flat, far = ids.flatten(), fields.depths.flatten()
-    members = fields.categories.flatten() > 0
+    flat, exported = ids.flatten(), torch.compiler.is_compiling()
+    free = (flat == 0) & (fields.categories.flatten() > 0)
+    rows = torch.arange(flat.shape[0], device=ids.device) if exported else torch.nonzero(free)[:, 0]
+    beside, far = neighbours(fields.categories, diagonal=True)[:, rows], fields.depths.flatten()[rows]
+    free = free[rows]
     for _ in range(leftover):
-        free = members & (flat == 0)
-        if not torch.compiler.is_compiling() and not bool(free.any()):
-            break
-        other = flat[beside]  # (8, H W)
+        other = flat[beside]  # (8, P)
         fits = (other > 0) & ((bins[other] - far).abs() <= depth_gap)
         best = torch.where(fits, other, none).amin(0)
-        grown = torch.where(free & (best < none), best, flat)
-        if not torch.compiler.is_compiling() and bool((grown == flat).all()):
+        grows = free & (best < none)
+        if not exported and not bool(grows.any()):
             break
-        flat = grown
+        flat = flat.scatter(0, rows, torch.where(grows, best, flat[rows]))
+        free = free & ~grows
     return flat.view_as(ids)
 
 
@@ -121,7 +133,8 @@ def fuse(ids: Tensor, fields: Fields, centres: Centres, *, bias: float, depth_ga
     other = flat[neighbours(torch.zeros_like(ids), diagonal=True)]  # (8, H W)
     meets = (other != flat) & (other > 0) & (flat > 0)
     pair = torch.where(meets, flat * (count + 1) + other, 0).flatten()
-    contact = area.new_zeros((count + 1) * (count + 1)).index_add(0, pair, meets.flatten().to(area.dtype))
+    pair = pair if torch.compiler.is_compiling() else pair[pair > 0]
+    contact = area.new_zeros((count + 1) * (count + 1)).index_add(0, pair, torch.ones_like(pair, dtype=area.dtype))
     border = contact.view(count + 1, count + 1)[1:, 1:]
     away = centres.points - centres.points[:, None]  # (M, M, 2), from the row's centre to the column's
     ahead = (away * mean[:, None]).sum(-1) >= math.sqrt(0.5) * away.norm(dim=-1) * mean.norm(dim=1, keepdim=True)

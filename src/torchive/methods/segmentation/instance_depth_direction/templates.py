@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_VALUES = 2**24  # of correlation maps that are held at a time
+_TOGETHER = 4  # templates that are matched at a time
 _ROUNDS = 32  # of suppression in an exported file
 
 
@@ -53,29 +53,50 @@ def match_templates(
         largest: of these, above and beside; an exported file needs to know.
     """
     groups, bins = half.shape[:2]
-    height, width = categories.shape
     kind = torch.where(categories > 0, (categories - 1) * bins + depths, -1)  # which template a pixel is matched with
-    box, margin = half.flatten(0, 1), 2
-    if torch.compiler.is_compiling():
-        used = torch.arange(groups * bins, device=kind.device)
-    else:
-        used = kind[kind >= 0].unique()
-        box = torch.minimum(box, box.new_tensor([max(height - 1, 1), max(width - 1, 1)]))  # more sees nothing else
-        margin = 1
+    box = half.flatten(0, 1)
     score = torch.full_like(directions[0], -1)
-    if not used.shape[0]:
-        return score
-    reach = largest if margin == 2 else tuple(box[used].amax(0).tolist())
-    size = ((height + margin * reach[0] + 31) // 32 * 32, (width + margin * reach[1] + 31) // 32 * 32)
-    parts = (used,) if margin == 2 else used.split(max(_VALUES // (size[0] * size[1]), 1))
-    for part in parts:
-        group = torch.div(part, bins, rounding_mode="floor") + 1
-        members = directions[None] * (categories == group[:, None, None])[:, None]  # (P, 2, H, W)
-        found = _correlation(members, direction_template(box[part], reach, directions.dtype), reach, size)
-        mine = kind[None] == part[:, None, None]
-        score = torch.where(mine.any(0), found.gather(0, mine.to(torch.uint8).argmax(0)[None])[0], score)
+    if torch.compiler.is_compiling():
+        every = torch.arange(groups * bins, device=kind.device)
+        names = torch.arange(1, groups + 1, device=kind.device)
+        score = _matched(score, directions, categories, kind, box, every, names, largest)
+    else:
+        # more than the image sees nothing else; few templates at a time, so that small ones have small transforms
+        box = torch.minimum(box, box.new_tensor([max(side - 1, 1) for side in categories.shape]))
+        for name in categories[categories > 0].unique():
+            for part in kind[categories == name].unique().split(_TOGETHER):
+                reach = tuple(box[part].amax(0).tolist())
+                score = _matched(score, directions, categories, kind, box, part, name[None], reach)
     energy, cells = _window_energy(directions, categories, box[kind.clamp(min=0)], groups)
     return torch.where(kind >= 0, (score / (energy * (cells - 1)).clamp(min=1e-6).sqrt()).clamp(-1, 1), -1)
+
+
+def _matched(
+    score: Tensor,
+    directions: Tensor,
+    categories: Tensor,
+    kind: Tensor,
+    box: Tensor,
+    part: Tensor,
+    names: Tensor,
+    reach: tuple[int, ...],
+) -> Tensor:
+    """``score`` (H, W) with ``sum_u d(p + u) . t(u)`` at the pixels whose template is one of ``part`` (P,).
+
+    By Fourier transforms, whose cost depends on the largest template's ``reach`` alone. ``names`` (G,) are the
+    categories that occur in ``part``, in its order and equally often.
+    """
+    height, width = categories.shape
+    margin = 2 if torch.compiler.is_compiling() else 1  # templates may be larger than an exported file's image
+    size = ((height + margin * reach[0] + 31) // 32 * 32, (width + margin * reach[1] + 31) // 32 * 32)
+    members = directions[None] * (categories == names[:, None, None])[:, None]  # (G, 2, H, W)
+    kernels = torch.fft.rfft2(direction_template(box[part], reach, directions.dtype), s=size).conj()
+    fields = torch.fft.rfft2(members, s=size)[:, None]  # (G, 1, 2, h, w)
+    products = (fields * kernels.view(names.shape[0], -1, *kernels.shape[1:])).sum(2).flatten(0, 1)
+    found = torch.fft.irfft2(products, s=size).roll((reach[0], reach[1]), (1, 2))[:, :height, :width]
+    # a template's middle lies at ``reach``, its corner at zero, which the roll makes good
+    mine = kind[None] == part[:, None, None]  # (P, H, W)
+    return torch.where(mine.any(0), found.gather(0, mine.to(torch.uint8).argmax(0)[None])[0], score)
 
 
 def find_centres(
@@ -134,14 +155,6 @@ def _greedy(rivals: Tensor) -> Tensor:
             break
         keep = new
     return keep > 0
-
-
-def _correlation(members: Tensor, templates: Tensor, reach: tuple[int, ...], size: tuple[int, int]) -> Tensor:
-    """``sum_u d(p + u) . t(u)`` (P, H, W) by Fourier transforms, whose cost does not depend on the templates' sides."""
-    fields, kernels = torch.fft.rfft2(members, s=size), torch.fft.rfft2(templates, s=size)
-    found = torch.fft.irfft2((fields * kernels.conj()).sum(1), s=size)
-    found = found.roll((reach[0], reach[1]), (1, 2))  # a template's middle lies at ``reach``, its corner at zero
-    return found[:, : members.shape[2], : members.shape[3]]
 
 
 def _window_energy(directions: Tensor, categories: Tensor, half: Tensor, groups: int) -> tuple[Tensor, Tensor]:
