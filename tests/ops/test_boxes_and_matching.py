@@ -13,7 +13,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, box_iou
 
 from torchive.ops.anchors import cell_anchors, default_boxes, default_scales, default_shapes, grid_anchors
-from torchive.ops.boxes import LOG_CLAMP, clip_boxes, decode_boxes, encode_boxes, keep_after_nms
+from torchive.ops.boxes import LOG_CLAMP, clip_boxes, decode_boxes, encode_boxes, keep_after_nms, paired_iou
 from torchive.ops.images import check_images, check_targets, pad_batch, stack_resized
 from torchive.ops.matching import hard_negatives, match_default_boxes
 
@@ -21,6 +21,15 @@ from torchive.ops.matching import hard_negatives, match_default_boxes
 def random_boxes(count: int, size: float = 100.0) -> Tensor:
     corner = torch.rand(count, 2, dtype=torch.double) * size
     return torch.cat([corner, corner + 1 + torch.rand(count, 2, dtype=torch.double) * size], 1)
+
+
+def test_overlap_of_pairs_is_the_diagonal_of_all() -> None:
+    boxes, others = random_boxes(40), random_boxes(40)
+    torch.testing.assert_close(paired_iou(boxes, others), box_iou(boxes, others).diagonal())
+    flat = torch.tensor([[3.0, 3.0, 3.0, 9.0]])
+    assert paired_iou(flat, flat).tolist() == [0.0]
+    with pytest.raises(ValueError, match=r"expected two tensors \(..., 4\), got \(1, 4\) and \(40, 4\)"):
+        paired_iou(flat, boxes)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
-from torchive.ops.masks import IGNORED, check_masks, class_map, crop_masks, paste_masks, semantic_targets
+from torchive.ops.masks import IGNORED, check_masks, class_map, crop_masks, mask_iou, paste_masks, semantic_targets
 from torchive.ops.suppression import best_detections, fixed_detections
 
 
@@ -141,3 +141,15 @@ def test_fixed_detections_are_the_best_ones(shared: bool, monkeypatch) -> None:
             assert not box[k][~there].any()
             assert not label[k][~there].any()
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+def test_overlap_of_masks_equals_counting() -> None:
+    first, second = torch.rand(3, 7, 9) < 0.4, torch.rand(4, 7, 9) < 0.6
+    first[1] = False
+    second[2] = False
+    found = mask_iou(first, second.to(torch.uint8))
+    for i, a in enumerate(first):
+        for j, b in enumerate(second):
+            both, either = int((a & b).sum()), int((a | b).sum())
+            assert float(found[i, j]) == pytest.approx(both / either if either else 0.0)
+    assert mask_iou(first[:0], second).shape == (0, 4)

@@ -15,6 +15,7 @@ from torchive.data.samples import SampleSet
 from torchive.engine.evaluate import Evaluation
 from torchive.engine.metrics import IGNORED, confusion
 from torchive.engine.recipe import Recipe
+from torchive.ops.masks import mask_iou
 
 _PER_GROUP = {"method": 10, "baseline": 10, "neither": 5, "both": 5}
 _PER_TIE = {"method": 4, "baseline": 4, "both": 2}
@@ -132,37 +133,60 @@ def _iou(labels: Tensor, target: Tensor, classes: int) -> float:
 
 
 def _detected(baseline: Evaluation, method: Evaluation, samples: SampleSet) -> tuple[None, _Chosen]:
+    """Where both arms give masks, these are compared and drawn, otherwise boxes."""
     arms = {"baseline": baseline, "method": method}
-    counts = {arm: [_found(p, t) for p, t in zip(e.predictions, e.targets, strict=True)] for arm, e in arms.items()}
+    masked = all(p.masks is not None for e in arms.values() for p in e.predictions)  # type: ignore[union-attr]
+    masked = masked and all("masks" in target for target in baseline.targets)
+    counts = {
+        arm: [_found(p, t, masked) for p, t in zip(e.predictions, e.targets, strict=True)] for arm, e in arms.items()
+    }
     scores = {arm: [2 * f / max(f + x + f + m, 1) for f, x, m in rows] for arm, rows in counts.items()}
     chosen: _Chosen = []
     for index, group in _ties(scores["baseline"], scores["method"]):
-        truth = baseline.targets[index]["boxes"]
-        values: dict[str, Any] = {"truth": {"boxes": _boxes(truth), "score_text": f"{len(truth)} objects"}}
+        truth = baseline.targets[index]
+        objects = f"{len(truth['boxes'])} objects"
+        values: dict[str, Any] = {"truth": {"boxes": _boxes(truth["boxes"]), "score_text": objects}}
+        if masked:
+            values["truth"]["mask"] = _instances(truth["masks"])
         for arm, evaluation in arms.items():
             found, extra, missed = counts[arm][index]
             prediction: Any = evaluation.predictions[index]
             text = f"{found} found, {missed} missed, {extra} wrong"
-            values[arm] = {"boxes": _boxes(prediction.boxes[prediction.scores >= _SCORE]), "score_text": text}
+            kept = prediction.scores >= _SCORE
+            values[arm] = {"boxes": _boxes(prediction.boxes[kept]), "score_text": text}
+            if masked:
+                values[arm]["mask"] = _instances(prediction.masks[kept])
         chosen.append((index, group, values))
     return None, chosen
 
 
-def _found(prediction: Any, target: dict[str, Tensor]) -> tuple[int, int, int]:
-    """Objects found (overlap of a half or more, right class), boxes without an object, objects missed."""
+def _found(prediction: Any, target: dict[str, Tensor], masked: bool) -> tuple[int, int, int]:
+    """Objects found (overlap of a half or more, right class), detections without an object, objects missed."""
     kept = prediction.scores >= _SCORE
-    boxes, labels = prediction.boxes[kept], prediction.labels[kept]
-    overlap = box_iou(boxes.float(), target["boxes"].float()) * (labels[:, None] == target["labels"][None])
+    labels = prediction.labels[kept]
+    if masked:
+        overlap = mask_iou(prediction.masks[kept], target["masks"])
+    else:
+        overlap = box_iou(prediction.boxes[kept].float(), target["boxes"].float())
+    overlap *= labels[:, None] == target["labels"][None]
     found = 0
-    for row in range(len(boxes)):  # highest score first
+    for row in range(len(labels)):  # highest score first
         if overlap.shape[1] and float(overlap[row].max()) >= 0.5:
             found += 1
             overlap[:, int(overlap[row].argmax())] = 0
-    return found, len(boxes) - found, len(target["boxes"]) - found
+    return found, len(labels) - found, len(target["boxes"]) - found
 
 
 def _boxes(boxes: Tensor) -> list[list[float]]:
     return [[round(float(v), 1) for v in box] for box in boxes[:100]]
+
+
+def _instances(masks: Tensor) -> str:
+    """Masks (L, H, W), the first on top, each in a colour of its own."""
+    rank = torch.arange(len(masks), 0, -1)  # the first has the highest number, which wins where masks overlap
+    size = masks.shape[1:]
+    top = torch.where(masks.bool(), rank[:, None, None], 0).amax(0) if len(masks) else torch.zeros(size)
+    return _mask(torch.where(top > 0, (len(masks) - top) % 254 + 1, 0))
 
 
 def _picture(samples: SampleSet, index: int, recipe: Recipe) -> tuple[str, int, int]:
@@ -185,7 +209,7 @@ def _picture(samples: SampleSet, index: int, recipe: Recipe) -> tuple[str, int, 
 
 
 def _mask(labels: Tensor) -> str:
-    """Classes as a PNG with a palette; class 0 and ignored pixels are transparent."""
+    """Numbers of classes or objects as a PNG with a palette; 0 and ignored pixels are transparent."""
     from PIL import Image
 
     shown = torch.where(labels == IGNORED, 0, labels).clamp(0, 254).to(torch.uint8)

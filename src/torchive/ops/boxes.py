@@ -50,10 +50,22 @@ def code_iou(
     unit = codes.new_tensor([0.0, 0.0, 1.0, 1.0])
     first = decode_boxes(codes, unit, weights, log_clamp=log_clamp)
     second = decode_boxes(others.to(codes.dtype), unit, weights, log_clamp=log_clamp)
+    return paired_iou(first, second)
+
+
+def paired_iou(first: Tensor, second: Tensor) -> Tensor:
+    """IoU (...) of each box (..., 4) with the other in its place, with gradients; 0 where neither has area.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if first.shape != second.shape or first.shape[-1:] != (4,):
+        raise ValueError(f"expected two tensors (..., 4), got {tuple(first.shape)} and {tuple(second.shape)}")
     shared = torch.minimum(first, second)[..., 2:] - torch.maximum(first, second)[..., :2]
     inter = shared.clamp(min=0).prod(-1)
     areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (first, second)]
-    return inter / (areas[0] + areas[1] - inter)
+    either = areas[0] + areas[1] - inter
+    return inter / torch.where(either > 0, either, 1)
 
 
 def encode_cells(boxes: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:

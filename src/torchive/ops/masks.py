@@ -51,6 +51,13 @@ def crop_masks(
     return (share >= 0.5).to(share.dtype) if binary else share
 
 
+def mask_iou(first: Tensor, second: Tensor) -> Tensor:
+    """IoU (L, M) of masks (L, H, W) with masks (M, H, W); 0 where neither has a pixel."""
+    a, b = first.flatten(1).bool().float(), second.flatten(1).bool().float()
+    both = a @ b.T  # whole numbers, exact up to 2^24 pixels
+    return both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)
+
+
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], *, threshold: float = 0.5) -> Tensor:
     """Masks (D, S, S) of boxes (D, 4) as they lie in an image of ``size``: (D, H, W) bool, values above ``threshold``.
 

@@ -27,7 +27,6 @@ from torchive.methods.explanation.grad_cam import (
     pointing_game,
     randomisation_check,
 )
-from torchive.methods.explanation.grad_cam.localisation import paired_iou
 from torchive.methods.explanation.grad_cam.maps import VARIANTS, class_maps
 from torchive.testing.models import SmallNetwork
 
@@ -415,7 +414,6 @@ def test_boxes_from_maps_on_drawn_maps() -> None:
     expected = [[3, 2, 9, 5], [1, 1, 5, 5], [1, 1, 3, 3], [0, 0, 12, 9], [0, 0, 1, 1]]
     assert boxes.tolist() == expected
     truth = torch.tensor([[3.0, 2, 9, 5], [1, 1, 3, 3], [1, 1, 4, 4], [0, 0, 12, 9], [5, 5, 6, 6]])
-    torch.testing.assert_close(paired_iou(boxes, truth), torchvision.ops.box_iou(boxes, truth).diagonal())
     assert localised(boxes, truth).tolist() == [True, False, False, True, False]
     assert boxes_from_maps(torch.zeros(0, 1, 4, 4)).shape == (0, 4)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchive.nn.regions import WEIGHTS, Regions, of_class
-from torchive.ops.boxes import decode_boxes
+from torchive.ops.boxes import decode_boxes, paired_iou
 
 
 def progressive_constraint(
@@ -50,11 +50,3 @@ def of_label(logits: Tensor, labels: Tensor) -> Tensor:
 def shortfall(own: Tensor, sibling: Tensor, margin: float) -> Tensor:
     """How far ``own`` is from ``sibling`` and a margin, cut so that the sum does not pass one (eq. 6 and 7)."""
     return (sibling + (1 - sibling).clamp(max=margin) - own).relu()
-
-
-def paired_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Overlap (R,) of each box (R, 4) with the other of its row, with gradients."""
-    shared = torch.minimum(first[:, 2:], second[:, 2:]) - torch.maximum(first[:, :2], second[:, :2])
-    inter = shared.clamp(min=0).prod(1)
-    areas = [(box[:, 2:] - box[:, :2]).prod(1) for box in (first, second)]
-    return inter / (areas[0] + areas[1] - inter)

@@ -7,6 +7,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from torchive.ops.boxes import paired_iou
+
 
 def boxes_from_maps(maps: Tensor, *, threshold: float = 0.15) -> Tensor:
     """Box around the largest component of each map: (N, 1, H, W) to (N, 4) xyxy in pixels, edges included.
@@ -46,20 +48,6 @@ def localised(boxes: Tensor, truth: Tensor, *, iou_threshold: float = 0.5) -> Te
         ValueError: the shapes differ.
     """
     return paired_iou(boxes, truth) >= iou_threshold
-
-
-def paired_iou(boxes: Tensor, truth: Tensor) -> Tensor:
-    """Intersection over union of box i and box i of two lists (N, 4) xyxy.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if boxes.shape != truth.shape or boxes.shape[-1:] != (4,):
-        raise ValueError(f"expected two tensors (N, 4), got {tuple(boxes.shape)} and {tuple(truth.shape)}")
-    low, high = torch.maximum(boxes[:, :2], truth[:, :2]), torch.minimum(boxes[:, 2:], truth[:, 2:])
-    inside = (high - low).clamp(min=0).prod(1)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1) + (truth[:, 2:] - truth[:, :2]).prod(1) - inside
-    return torch.where(area > 0, inside / area, 0)
 
 
 def pointing_game(maps: Tensor, truth: Tensor, *, tolerance: float = 15.0) -> Tensor:
