@@ -15,6 +15,7 @@ from torchive.data.drawing import kept_generators
 from torchive.data.samples import SampleSet
 from torchive.engine.metrics import metrics_of, record_of
 from torchive.engine.recipe import REPRESENTING, Recipe, RecipeError
+from torchive.engine.search_figures import search_figures
 from torchive.nn.passes import eval_mode
 from torchive.structures import Batch, Prediction
 
@@ -88,7 +89,10 @@ def score(
                 rows.append((place, record, (on_cpu(found), on_cpu(target)) if predictions else None))
                 place += world
         rows = gathered(rows, world)
-        metrics = metrics_of(recipe.task, [record for _, record, _ in rows], samples.classes)
+        records = [record for _, record, _ in rows]
+        metrics = metrics_of(recipe.task, records, samples.classes)
+        if recipe.task == "detection":
+            metrics |= search_figures(model, records)
     if not predictions:
         return Evaluation(metrics)
     kept = [pair for _, _, pair in rows]

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from torchive.engine.detection_errors import detection_errors, score_overlap
+from torchive.nn.landmark_precision import by_part
 from torchive.ops.panoptic import panoptic_quality, quality_counts, true_panoptic
 from torchive.structures import Detections
+from torchive.structures.landmarks import DEEPFASHION2
 
 IGNORED = 255
 _AVERAGES = ("map", "map_50", "map_75", "map_80_90", "mar_100")
@@ -46,6 +48,8 @@ METRICS: dict[str, Metric] = {
         *(Metric(name, True, "detection") for name in _SIZES),
         Metric("score_overlap", True, "detection", "rank correlation"),
         Metric("mask_map", True, "detection"),
+        *(Metric(f"landmark_{name}", True, "detection") for name in ("map", "map_50", "map_75")),
+        *(Metric(f"top_{k}", True, "detection") for k in (1, 5, 10, 20)),
         Metric("pq", True, "detection"),
         Metric("sq", True, "detection"),
         Metric("rq", True, "detection"),
@@ -135,6 +139,7 @@ def _boxes(found: Detections) -> dict[str, Tensor]:
     values = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
     if found.masks is not None:
         values["masks"] = found.masks.bool()
+    values |= {key: value for key in ("keypoints", "features") if (value := getattr(found, key)) is not None}
     return {key: value.detach().cpu() for key, value in values.items()}
 
 
@@ -154,9 +159,28 @@ def _detection(
         if prefix == "" and len(classes) > 1:
             named = {classes[label - 1]: value for label, value in each if 1 <= label <= len(classes)}
             result |= {f"map/{name}": value for name, value in named.items() if value >= 0}  # -1: no such object
+    if all("keypoints" in found and _deepfashion2(target) for found, target in records):
+        result |= _landmarks(records)
     if all("panoptic" in found for found, _ in records):
         result |= _panoptic(torch.stack([found["panoptic"] for found, _ in records]).sum(0), classes)
     return result | {"score_overlap": score_overlap(records)} | detection_errors(records)
+
+
+def _deepfashion2(target: dict[str, Tensor]) -> bool:
+    return "keypoints" in target and target["keypoints"].shape[1] == DEEPFASHION2.total
+
+
+def _landmarks(records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> dict[str, float]:
+    """``landmark_map`` of marked and ``landmark_map/visible`` of visible landmarks, and all figures by part."""
+    found = [Detections(f["boxes"], f["labels"], f["scores"], f.get("masks"), f["keypoints"]) for f, _ in records]
+    figures = by_part(found, [target for _, target in records], DEEPFASHION2)
+    names = {"marked/": "landmark_", "visible/": "visible_", "mask/": "mask_", "box/": ""}
+    result: dict[str, float] = {}
+    for name, value in figures.items():
+        kind = next(prefix for prefix in names if name.startswith(prefix))
+        if kind in ("marked/", "visible/") or name.count("/") > 1:  # the others are known over all objects
+            result[names[kind] + name.removeprefix(kind)] = value
+    return result
 
 
 def _panoptic(counts: Tensor, classes: Sequence[str]) -> dict[str, float]:

@@ -3,8 +3,8 @@ the whole of a data set and over its parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def landmark_precision(
     visible_only: bool = False,
     part: tuple[str, int] | None = None,
 ) -> dict[str, float]:
-    """``map``, ``map_50`` and ``map_75`` of landmarks, the mean over the classes that have objects.
+    """``map``, ``map_50`` and ``map_75`` of landmarks, the mean over the classes that have objects; -1 without any.
 
     Detections are compared to objects of the class that they are found as, so that its own run of landmarks counts. An
     object without a marked landmark is ignored; what lies near it, by all P landmarks as in the release, is not false.
@@ -78,22 +78,7 @@ def landmark_precision(
     Raises:
         ValueError: no sigmas, as many predictions as targets are not there, or a detection without landmarks.
     """
-    if not space.sigmas:
-        raise ValueError("expected a LandmarkSpace with sigmas, got none")
-    sigmas = torch.tensor(space.sigmas, dtype=torch.float64)
-
-    def similarity(one: Detections, target: dict[str, Tensor], mine: Tensor, own: Tensor, label: int) -> Tensor:
-        if one.keypoints is None:
-            raise ValueError("expected detections with keypoints, got None")
-        box = target["boxes"][own].double()
-        area = (box[:, 2:] - box[:, :2]).prod(1)
-        points, truth = one.keypoints[mine], target["keypoints"][own]
-        return landmark_similarity(points, truth, area, box, sigmas, visible_only=visible_only)
-
-    def marked(target: dict[str, Tensor], own: Tensor) -> Tensor:
-        return (target["keypoints"][own][..., 2] > (1 if visible_only else 0)).any(1)
-
-    return _summary(_classes(found, targets, similarity, marked, part), _LANDMARK_DETECTIONS)
+    return _landmarks(found, targets, space, visible_only).precision(part)
 
 
 def box_precision(
@@ -104,20 +89,7 @@ def box_precision(
     part: tuple[str, int] | None = None,
 ) -> dict[str, float]:
     """``map``, ``map_50`` and ``map_75`` of boxes, or of masks, over all or a part of the objects."""
-
-    def similarity(one: Detections, target: dict[str, Tensor], mine: Tensor, own: Tensor, label: int) -> Tensor:
-        if not masks:
-            return box_iou(one.boxes[mine].double(), target["boxes"][own].double())
-        if one.masks is None:
-            raise ValueError("expected detections with masks, got None")
-        a, b = one.masks[mine].flatten(1).float(), target["masks"][own].flatten(1).float()
-        both = a @ b.T
-        return (both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)).double()
-
-    def counted(target: dict[str, Tensor], own: Tensor) -> Tensor:
-        return torch.ones_like(own, dtype=torch.bool)
-
-    return _summary(_classes(found, targets, similarity, counted, part), _DETECTIONS)
+    return (_masks if masks else _boxes)(found, targets).precision(part)
 
 
 def by_part(
@@ -128,58 +100,107 @@ def by_part(
     Boxes; masks where all have them; with ``space`` landmarks, ``visible`` ones and all that are ``marked``. A part
     without objects has no figure.
     """
-    figures: dict[str, Callable[..., dict[str, float]]] = {"box": partial(box_precision, found, targets)}
+    tables = {"box": _boxes(found, targets)}
     if all(one.masks is not None for one in found) and all("masks" in target for target in targets):
-        figures["mask"] = partial(box_precision, found, targets, masks=True)
+        tables["mask"] = _masks(found, targets)
     if space is not None:
-        figures["visible"] = partial(landmark_precision, found, targets, space, visible_only=True)
-        figures["marked"] = partial(landmark_precision, found, targets, space)
+        tables["visible"] = _landmarks(found, targets, space, True)
+        tables["marked"] = _landmarks(found, targets, space, False)
     chosen: list[tuple[str, tuple[str, int] | None]] = [("", None)]
     for key, names in PARTS.items():
         if all(key in target for target in targets):
             chosen += [(f"/{key}/{name}", (key, value)) for value, name in enumerate(names, 1)]
     result: dict[str, float] = {}
-    for kind, figure in figures.items():
+    for kind, table in tables.items():
         for suffix, part in chosen:
-            values = figure(part=part)
+            values = table.precision(part)
             result |= {f"{kind}/{name}{suffix}": value for name, value in values.items() if value >= 0}
     return result
 
 
-def _classes(
-    found: Sequence[Detections],
-    targets: Sequence[dict[str, Tensor]],
-    similarity: Callable[[Detections, dict[str, Tensor], Tensor, Tensor, int], Tensor],
-    counted: Callable[[dict[str, Tensor], Tensor], Tensor],
-    part: tuple[str, int] | None,
-) -> Iterator[list[Compared]]:
-    """Of each class, what its images compare."""
+@dataclass(frozen=True)
+class _Table:
+    """Of each class that has objects, what its images compare, with the numbers that tell their objects' parts."""
+
+    classes: dict[int, list[tuple[Compared, dict[str, Tensor]]]]
+    most: int
+
+    def precision(self, part: tuple[str, int] | None) -> dict[str, float]:
+        """The three figures over all objects, or over those whose number ``part[0]`` is ``part[1]``."""
+        every = []
+        for rows in self.classes.values():
+            images = [one for one, _ in rows]
+            if part is not None:
+                images = [replace(one, ignored=one.ignored | (known[part[0]] != part[1])) for one, known in rows]
+            every.append(average_precision(images, max_detections=self.most))
+        kept = [values for values in every if values[0] >= 0]
+        mean = torch.stack(kept).mean(0) if kept else torch.full((len(THRESHOLDS),), -1.0)
+        half, three_quarters = THRESHOLDS.index(0.5), THRESHOLDS.index(0.75)
+        return {"map": float(mean.mean()), "map_50": float(mean[half]), "map_75": float(mean[three_quarters])}
+
+
+Similar = Callable[[Detections, dict[str, Tensor], Tensor, Tensor], Tensor]
+Counted = Callable[[dict[str, Tensor], Tensor], Tensor]
+
+
+def _table(
+    found: Sequence[Detections], targets: Sequence[dict[str, Tensor]], similar: Similar, counted: Counted, most: int
+) -> _Table:
+    """``similar`` gives the similarity (D, L) of rows of an image's detections and objects, ``counted`` (L,) bool."""
     if len(found) != len(targets):
         raise ValueError(f"expected detections of {len(targets)} images, got {len(found)}")
     labels = torch.cat([target["labels"] for target in targets]).unique().tolist() if targets else []
-    for label in labels:
-        images = []
-        for one, target in zip(found, targets, strict=True):
-            mine = torch.nonzero(one.labels == label)[:, 0]
-            own = torch.nonzero(target["labels"] == label)[:, 0]
-            if not len(mine) and not len(own):
+    classes: dict[int, list[tuple[Compared, dict[str, Tensor]]]] = {label: [] for label in labels}
+    for one, target in zip(found, targets, strict=True):
+        for label in torch.cat([one.labels, target["labels"]]).unique().tolist():
+            if label not in classes:
                 continue
-            mine = mine[one.scores[mine].argsort(descending=True, stable=True)[:_DETECTIONS]]
-            ignored = ~counted(target, own)
-            if part is not None:
-                ignored = ignored | (target[part[0]][own] != part[1])
-            images.append(Compared(similarity(one, target, mine, own, label), one.scores[mine], ignored))
-        yield images
+            mine = torch.nonzero(one.labels == label)[:, 0]
+            mine = mine[one.scores[mine].argsort(descending=True, stable=True)[:most]]
+            own = torch.nonzero(target["labels"] == label)[:, 0]
+            compared = Compared(similar(one, target, mine, own), one.scores[mine], ~counted(target, own))
+            classes[label].append((compared, {key: target[key][own] for key in PARTS if key in target}))
+    return _Table(classes, most)
 
 
-def _summary(classes: Iterator[list[Compared]], most: int) -> dict[str, float]:
-    every = [average_precision(images, max_detections=most) for images in classes]
-    kept = [values for values in every if values[0] >= 0]
-    if not kept:
-        return {"map": -1.0, "map_50": -1.0, "map_75": -1.0}
-    mean = torch.stack(kept).mean(0)
-    return {
-        "map": float(mean.mean()),
-        "map_50": float(mean[THRESHOLDS.index(0.5)]),
-        "map_75": float(mean[THRESHOLDS.index(0.75)]),
-    }
+def _landmarks(
+    found: Sequence[Detections], targets: Sequence[dict[str, Tensor]], space: LandmarkSpace, visible_only: bool
+) -> _Table:
+    if not space.sigmas:
+        raise ValueError("expected a LandmarkSpace with sigmas, got none")
+    sigmas = torch.tensor(space.sigmas, dtype=torch.float64)
+
+    def similar(one: Detections, target: dict[str, Tensor], mine: Tensor, own: Tensor) -> Tensor:
+        if one.keypoints is None:
+            raise ValueError("expected detections with keypoints, got None")
+        box = target["boxes"][own].double()
+        area = (box[:, 2:] - box[:, :2]).prod(1)
+        points, truth = one.keypoints[mine], target["keypoints"][own]
+        return landmark_similarity(points, truth, area, box, sigmas, visible_only=visible_only)
+
+    def marked(target: dict[str, Tensor], own: Tensor) -> Tensor:
+        return (target["keypoints"][own][..., 2] > (1 if visible_only else 0)).any(1)
+
+    return _table(found, targets, similar, marked, _LANDMARK_DETECTIONS)
+
+
+def _boxes(found: Sequence[Detections], targets: Sequence[dict[str, Tensor]]) -> _Table:
+    def similar(one: Detections, target: dict[str, Tensor], mine: Tensor, own: Tensor) -> Tensor:
+        return box_iou(one.boxes[mine].double(), target["boxes"][own].double())
+
+    return _table(found, targets, similar, _every, _DETECTIONS)
+
+
+def _masks(found: Sequence[Detections], targets: Sequence[dict[str, Tensor]]) -> _Table:
+    def similar(one: Detections, target: dict[str, Tensor], mine: Tensor, own: Tensor) -> Tensor:
+        if one.masks is None:
+            raise ValueError("expected detections with masks, got None")
+        a, b = one.masks[mine].flatten(1).float(), target["masks"][own].flatten(1).float()
+        both = a @ b.T
+        return (both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)).double()
+
+    return _table(found, targets, similar, _every, _DETECTIONS)
+
+
+def _every(_target: dict[str, Tensor], own: Tensor) -> Tensor:
+    return torch.ones_like(own, dtype=torch.bool)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +104,7 @@ def retrieval(
     gallery_targets: Targets,
     *,
     ks: Sequence[int] = (1, 5, 10, 15, 20),
-    parts: dict[str, tuple[str, ...]] | None = None,
+    parts: Mapping[str, Sequence[str]] | None = None,
     iou_threshold: float = 0.5,
     same_class: bool = True,
 ) -> dict[str, float]:

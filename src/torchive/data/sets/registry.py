@@ -147,6 +147,18 @@ _ALL = (
         module="scenes",
     ),
     SampleSetInfo(
+        name="scene-pairs",
+        task="detection",
+        classes=("birds", "fish", "flowers", "fruit", "insects", "mammals", "vegetables"),
+        size="900 scenes and 655 single cut-outs of 166 items, 320 x 320, colour, with boxes, masks and pairs",
+        licence="GPL-2 (cut-outs); CC-BY-4.0, CC-BY-SA-4.0 and CC0-1.0 by photograph (backgrounds)",
+        commercial=True,
+        origin="Tux Paint stamps, Lomiri wallpapers; Debian packages tuxpaint-stamps-default, lomiri-wallpapers-16.04",
+        description="Each photographed cut-out in scenes and alone on white, to be found again: two domains.",
+        packages=(_STAMPS, _WALLPAPERS),
+        module="scene_pairs",
+    ),
+    SampleSetInfo(
         name="emoji",
         task="classification",
         classes=EMOJI_NAMES,

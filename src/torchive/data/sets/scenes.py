@@ -66,6 +66,7 @@ class Scenes:
 
     left_out: tuple[Fault, ...] = ()
     channels = 3
+    labels_file = "labels"
 
     def __init__(self, folder: Path, split: str, shares: Sequence[float] | None = None) -> None:
         self.name, self.task, self.classes = _INFO.name, _INFO.task, _INFO.classes
@@ -84,7 +85,7 @@ class Scenes:
     def __getitem__(self, index: int) -> Sample:
         image, shares, labels = self._compose(index)
         masks = shares > 0.5  # (L, H, W): at most one object has more than half of a pixel
-        boxes = np.array([_box(mask) for mask in masks], np.float32)
+        boxes = np.array([box_of(mask) for mask in masks], np.float32)
         target = {
             "boxes": torch.from_numpy(boxes),
             "labels": torch.tensor(labels, dtype=torch.int64),
@@ -104,7 +105,7 @@ class Scenes:
     def object_labels(self) -> list[list[int]]:
         """The labels of each scene's objects; worked out once and kept beside the prepared pictures."""
         key = key_seed("labels", self.split, str(self.shares), len(self)) if self.shares else self.split
-        path = self.folder / f"labels-{key}.json"
+        path = self.folder / f"{self.labels_file}-{key}.json"
         if not path.exists():
             labels = [[int(label) for label in self._compose(index, picture=False)[2]] for index in range(len(self))]
             partial = path.with_name(f"{path.name}.{os.getpid()}")
@@ -127,16 +128,12 @@ class Scenes:
             kind = self._kind(draw)
             choices = [entry for entry in self.cutouts if entry["class"] == kind]
             colour, alpha = self._cutout(choices[draw.integers(len(choices))], draw, picture)
-            layer = _place(alpha, draw)
-            front = layer[0]
-            area = float((front > 0.5).sum())
-            behind = [share * (1 - front) for share in shares]
-            if area < 100 or any((b > 0.5).sum() < _VISIBLE * o for b, o in zip(behind, own, strict=True)):
+            found = in_front(alpha, shares, own, draw)
+            if found is None:
                 continue
-            shares = [*behind, front]
-            own.append(area)
+            shares, own, (top, left) = found
             labels.append(self.classes.index(kind) + 1)
-            (top, left), (height, width) = layer[1], alpha.shape
+            height, width = alpha.shape
             if picture:
                 part = canvas[top : top + height, left : left + width]
                 part += alpha[..., None] * (colour - part)
@@ -197,7 +194,7 @@ def _turn(plane: np.ndarray[Any, Any], size: list[int], angle: float) -> np.ndar
     return np.asarray(turned).clip(0, 255)
 
 
-def _place(alpha: np.ndarray[Any, Any], draw: np.random.Generator) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
+def on_canvas(alpha: np.ndarray[Any, Any], draw: np.random.Generator) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
     """The cut-out's alpha on an empty canvas, wholly inside, and where its corner is."""
     height, width = alpha.shape
     top, left = int(draw.integers(0, _SIZE - height + 1)), int(draw.integers(0, _SIZE - width + 1))
@@ -206,7 +203,22 @@ def _place(alpha: np.ndarray[Any, Any], draw: np.random.Generator) -> tuple[np.n
     return layer, (top, left)
 
 
-def _box(mask: np.ndarray[Any, Any]) -> tuple[int, int, int, int]:
+def in_front(
+    alpha: np.ndarray[Any, Any], shares: list[np.ndarray[Any, Any]], own: list[float], draw: np.random.Generator
+) -> tuple[list[np.ndarray[Any, Any]], list[float], tuple[int, int]] | None:
+    """The shares of all objects with one more in front, their whole areas, and the new one's corner; None where it is
+    too small or would hide too much of another.
+    """
+    front, corner = on_canvas(alpha, draw)
+    area = float((front > 0.5).sum())
+    behind = [share * (1 - front) for share in shares]
+    if area < 100 or any((b > 0.5).sum() < _VISIBLE * o for b, o in zip(behind, own, strict=True)):
+        return None
+    return [*behind, front], [*own, area], corner
+
+
+def box_of(mask: np.ndarray[Any, Any]) -> tuple[int, int, int, int]:
+    """The box around a mask (H, W) that is not empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
