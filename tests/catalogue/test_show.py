@@ -75,6 +75,18 @@ def test_verdict_and_proof_come_from_the_evidence(evidence_folder: Path) -> None
         assert line in text
 
 
+def test_empty_tables_are_left_out(evidence_folder: Path) -> None:
+    evidence.record_evidence("dynamic_relu", "built", "python -m a", exemptions={}, passed=33, exempt=0, sizes=[])
+    evidence.record_evidence("dynamic_relu", "referenced", "pytest a", by_type={})
+    text = show.render_show(show.show_values("dynamic_relu"))
+    assert "built          passed 33, exempt 0 (" in text
+    assert "referenced     yes (" in text
+    assert "{}" not in text
+    assert "[]" not in text
+    evidence.record_evidence("dynamic_relu", "built", "python -m a", exemptions={"onnx": "no form"}, passed=32)
+    assert "exemptions {onnx: no form}, passed 32" in show.render_show(show.show_values("dynamic_relu"))
+
+
 def test_a_match_that_cannot_be_had_is_shown_with_its_reason(evidence_folder: Path) -> None:
     (evidence_folder / "dynamic_relu.json").write_text('{"matched": {"impossible": "no release"}}')
     values = show.show_values("dynamic_relu")

@@ -33,7 +33,9 @@ def proof_lines(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _figures(entry: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k.replace('_', ' ')} {_figure(v)}" for k, v in entry.items() if k not in STAMP) or "yes"
+    """Every figure with its name, without empty tables and lists, which say nothing."""
+    told = [(key, value) for key, value in entry.items() if key not in STAMP and value not in ({}, [], ())]
+    return ", ".join(f"{key.replace('_', ' ')} {_figure(value)}" for key, value in told) or "yes"
 
 
 def _comparison(entry: Mapping[str, Any]) -> list[str]:
