@@ -57,45 +57,35 @@ def match_templates(
     box = half.flatten(0, 1)
     score = torch.full_like(directions[0], -1)
     if torch.compiler.is_compiling():
-        every = torch.arange(groups * bins, device=kind.device)
-        names = torch.arange(1, groups + 1, device=kind.device)
-        score = _matched(score, directions, categories, kind, box, every, names, largest)
+        for name in range(groups):
+            part = torch.arange(name * bins, (name + 1) * bins, device=kind.device)
+            score = _matched(score, directions * (categories == name + 1), kind, box, part, largest)
     else:
         # more than the image sees nothing else; few templates at a time, so that small ones have small transforms
         box = torch.minimum(box, box.new_tensor([max(side - 1, 1) for side in categories.shape]))
-        for name in categories[categories > 0].unique():
-            for part in kind[categories == name].unique().split(_TOGETHER):
-                reach = tuple(box[part].amax(0).tolist())
-                score = _matched(score, directions, categories, kind, box, part, name[None], reach)
+        for name in categories[categories > 0].unique().tolist():
+            own = categories == name
+            for part in kind[own].unique().split(_TOGETHER):
+                score = _matched(score, directions * own, kind, box, part, tuple(box[part].amax(0).tolist()))
     energy, cells = _window_energy(directions, categories, box[kind.clamp(min=0)], groups)
     return torch.where(kind >= 0, (score / (energy * (cells - 1)).clamp(min=1e-6).sqrt()).clamp(-1, 1), -1)
 
 
-def _matched(
-    score: Tensor,
-    directions: Tensor,
-    categories: Tensor,
-    kind: Tensor,
-    box: Tensor,
-    part: Tensor,
-    names: Tensor,
-    reach: tuple[int, ...],
-) -> Tensor:
+def _matched(score: Tensor, members: Tensor, kind: Tensor, box: Tensor, part: Tensor, reach: tuple[int, ...]) -> Tensor:
     """``score`` (H, W) with ``sum_u d(p + u) . t(u)`` at the pixels whose template is one of ``part`` (P,).
 
-    By Fourier transforms, whose cost depends on the largest template's ``reach`` alone. ``names`` (G,) are the
-    categories that occur in ``part``, in its order and equally often.
+    By Fourier transforms, whose cost depends on the largest template's ``reach`` alone; ``members`` (2, H, W) are the
+    directions of the templates' own category.
     """
-    height, width = categories.shape
+    height, width = kind.shape
     margin = 2 if torch.compiler.is_compiling() else 1  # templates may be larger than an exported file's image
     size = ((height + margin * reach[0] + 31) // 32 * 32, (width + margin * reach[1] + 31) // 32 * 32)
-    members = directions[None] * (categories == names[:, None, None])[:, None]  # (G, 2, H, W)
-    kernels = torch.fft.rfft2(direction_template(box[part], reach, directions.dtype), s=size).conj()
-    fields = torch.fft.rfft2(members, s=size)[:, None]  # (G, 1, 2, h, w)
-    products = (fields * kernels.view(names.shape[0], -1, *kernels.shape[1:])).sum(2).flatten(0, 1)
-    found = torch.fft.irfft2(products, s=size).roll((reach[0], reach[1]), (1, 2))[:, :height, :width]
+    fields = torch.fft.rfft2(members[None], s=size)
+    kernels = torch.fft.rfft2(direction_template(box[part], reach, members.dtype), s=size)
+    found = torch.fft.irfft2((fields * kernels.conj()).sum(1), s=size)  # (P, h, w)
     # a template's middle lies at ``reach``, its corner at zero, which the roll makes good
-    mine = kind[None] == part[:, None, None]  # (P, H, W)
+    found = found.roll((reach[0], reach[1]), (1, 2))[:, :height, :width]
+    mine = kind[None] == part[:, None, None]
     return torch.where(mine.any(0), found.gather(0, mine.to(torch.uint8).argmax(0)[None])[0], score)
 
 
