@@ -17,6 +17,7 @@ from torchive.data.pair_order import pair_order
 from torchive.data.readers.deepfashion2 import read_deepfashion2
 from torchive.engine.recipe import load_recipe
 from torchive.engine.selection import class_order
+from torchive.engine.train import train
 from torchive.structures.landmarks import DEEPFASHION2
 from torchive.transforms import build
 
@@ -252,3 +253,30 @@ def test_a_batch_holds_whole_pairs(tmp_path, draw, own_cache) -> None:
     listed = class_order(recipe, samples, None)(0)
     shown = [samples.pair_ids[k] for k in listed]
     assert shown[::2] == shown[1::2]
+
+
+def test_training_and_scoring_from_the_files(tmp_path, draw, own_cache) -> None:
+    """The recipe on these files: all five losses, and at the end boxes, masks, landmarks and retrieval by part."""
+    contents = [
+        {**copy.deepcopy(content), "pair_id": k} for k in range(12) for content in (USER, {**SHOP, "source": "shop"})
+    ]
+    source = f"deepfashion2:{write(tmp_path / 'data', draw, *contents)}"
+    overrides = [
+        "model.init_args.backbone=timm/test_efficientnet",
+        "model.init_args.landmarks=deepfashion2",
+        "model.init_args.landmark_channels=8",
+        "model.init_args.channels=8",
+        "model.init_args.matching=pose+class",
+        f"data.source={source}",
+        "data.augment=[light]",
+        "data.image_size=64",
+        "data.workers=0",
+        "train.steps=2",
+        "metric=landmark_map",
+    ]
+    result = train(load_recipe("detection/pairs_match_rcnn", overrides), tmp_path / "run")
+    steps = [line for line in result.history if line["kind"] == "train"]
+    assert {"loss_classifier", "loss_box_reg", "loss_mask", "loss_keypoint", "loss_pair"} <= set(steps[-1])
+    assert all(value >= 0 for key, value in steps[-1].items() if key.startswith("loss"))
+    wanted = {"map", "mask_map", "landmark_map", "visible_map", "landmark_map/scale/moderate", "map/occlusion/slight"}
+    assert wanted | {"top_1", "top_20", "top_20/viewpoint/side or back", "missed"} <= set(result.metrics)
