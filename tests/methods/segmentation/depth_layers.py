@@ -67,7 +67,7 @@ def slow_encoding(target: dict[str, Tensor], encoding: Encoding) -> dict[str, np
         cy, cx = (sum(p[i] for p in places) / len(places) for i in (0, 1))
         depth = encoding.object_size / math.sqrt(len(places))
         for y, x in places:
-            angle = math.degrees(math.atan2(cy - y, cx - x))
+            angle = math.degrees(math.atan2(cy - y, cx - x)) if math.hypot(cy - y, cx - x) > 1e-6 else 0.0
             maps["direction"][y, x] = int(((angle + 22.5) % 360) // 45) + 1
             maps["depth"][y, x] = sum(depth >= edge for edge in edges) + 1
             length = math.hypot(cy - y, cx - x)

@@ -205,7 +205,7 @@ def test_encoding_scores_and_losses_equal_slow_references(double, record) -> Non
         "referenced",
         largest_difference=gap,
         dtype="float64",
-        what="maps of classes, template scores and losses; the ids that the grouping gives are equal in a test of their own",
+        what="maps of classes, template scores and losses; in a test of its own the grouping gives equal ids",
     )
     record("instance_depth_direction", "matched", impossible="no code of the authors or of others was found")
 

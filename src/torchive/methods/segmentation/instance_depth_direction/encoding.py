@@ -12,6 +12,8 @@ from torch import Tensor
 
 from torchive.ops.masks import IGNORED
 
+_CENTRE = 1e-6  # pixels from a centre, where rounding alone would give a direction
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
@@ -89,11 +91,14 @@ def visible_ids(masks: Tensor) -> Tensor:
     return ids.scatter_reduce(0, y * masks.shape[2] + x, row + 1, "amax").view(masks.shape[1:])
 
 
-def areas_and_centroids(ids: Tensor, count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Pixels (count,) and mean pixel (count, 2), x and y, of the objects 1 to ``count`` of a map of ids (H, W)."""
+def areas_and_centroids(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Pixels (count,) and mean pixel (count, 2), x and y, of the objects 1 to ``count`` of a map of ids (H, W).
+
+    In float64: float32 would lose whole pixels over an object of a million.
+    """
     flat = ids.flatten()
-    y, x = (torch.arange(side, device=ids.device, dtype=dtype) for side in ids.shape)
-    places = torch.stack([torch.ones_like(ids, dtype=dtype), x.expand(ids.shape), y[:, None].expand(ids.shape)])
+    y, x = (torch.arange(side, device=ids.device, dtype=torch.float64) for side in ids.shape)
+    places = torch.stack([torch.ones_like(ids, dtype=x.dtype), x.expand(ids.shape), y[:, None].expand(ids.shape)])
     sums = places.new_zeros(3, count + 1).index_add(1, flat, places.flatten(1))[:, 1:]
     return sums[0], (sums[1:] / sums[0].clamp(min=1)).T
 
@@ -130,8 +135,10 @@ def encode(target: dict[str, Tensor], size: tuple[int, int], encoding: Encoding)
         y, x = (torch.arange(side, device=ids.device, dtype=centre.dtype) for side in size)
         grid = torch.stack([x.expand(size), y[:, None].expand(size)])
         offsets = torch.where(there, centre.T[:, row] - grid, 0)
-        vectors = offsets / offsets.norm(dim=0).clamp(min=1e-6)
-    truth = {"semantic": torch.where(ignored, IGNORED, semantic), "vectors": vectors, "ignored": ignored}
+        length = offsets.norm(dim=0)
+        vectors = torch.where(length > _CENTRE, offsets / length.clamp(min=_CENTRE), 0)
+    numbers = vectors.to(torch.get_default_dtype())
+    truth = {"semantic": torch.where(ignored, IGNORED, semantic), "vectors": numbers, "ignored": ignored}
     if encoding.directions:
         ways = direction_classes(vectors.movedim(0, -1), encoding.directions) + 1
         truth["direction"] = torch.where(ignored, IGNORED, torch.where(there, ways, 0))
