@@ -10,12 +10,13 @@ Formula  p(x, y, w, h | I) = p(x, y | I) p(w, h | x, y, I)                      
 Symbols  (x, y), w, h an anchor's centre and sides, s the map's stride, sigma = 8 (4 in the one-stage form), dw = std
          times the prediction, std = 0.14 (1); A positions of all maps, L objects, P proposals or positives, K classes,
          R chosen positions, G groups of channels; N, C, H, W of images and maps.
-Differs  lambda_2 is the release's 1; the paper's text is remembered as 0.1 (``shape_weight``). Anchors stand in the
-         middle of their cells, as the paper says; ``centre="corner"`` is the release's. A position in the middle of one
-         object stays positive where another object says ignore; in the release the later of the two decides. The
-         released shape loss also sums the terms of the centres, which no prediction changes, and adds 0.001 to its
-         denominators. An object without any overlap has no best anchor. Where a position is left out, its features
-         are not adapted either. Log ratios of sides end at log(1000 / 16).
+Differs  lambda_2 is the release's 1, which by its authors' word stands for the paper's 0.1 with another scale of the
+         location loss. Anchors stand in the middle of their cells, as the paper says; ``centre="corner"`` is the
+         release's. Locations learn 1 where a centre is; release 3.3 hands the opposite to its focal loss, whose class 0
+         is the object. A position in the middle of one object stays positive where another object says ignore; in the
+         release the later of the two decides. The released shape loss also sums the terms of the centres, which no
+         prediction changes, and adds 0.001 to its denominators. An object without any overlap has no best anchor.
+         Where a position is left out, its features are not adapted either. Log ratios of sides end at +-log(1000 / 16).
 """
 
 from torchive.methods.detection.guided_anchoring.adaption import FeatureAdaption

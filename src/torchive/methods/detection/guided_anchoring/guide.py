@@ -127,7 +127,8 @@ class AnchorGuide(nn.Module):
         losses["loss_shape"] = self.shape_weight * bounded_iou_loss(sides, truth, eps=self.eps).sum() / count
         if self.angle is not None:
             angle = torch.cat([own[2] for own in objects])[row].to(wide)
-            losses["loss_angle"] = angle_loss(rows["doubled"][image, place].to(wide), angle, truth).sum() / count
+            each = angle_loss(rows["doubled"][image, place].to(wide), angle, truth)
+            losses["loss_angle"] = each.sum() / max(len(each), 1)
         return losses
 
     def _objects(self, target: dict[str, Tensor], like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,7 +43,7 @@ class GuidedAnchoring(nn.Module):
         location_threshold: probability of a centre below which a position is left out, except in training.
         centre: whether anchors stand in the "middle" of their cells or, as in the release, at the "corner".
         oriented: whether anchors have an angle; targets must have ``rotated`` (L, 5) then: centre, sides, radians.
-        shape_weight: of the loss of the shapes; the release's 1, the paper's text has 0.1.
+        shape_weight: of the loss of the shapes.
         image_size: shorter side to which images are resized, the longer at most 5/3 of it; as they are if None.
         anchor_sizes: of "fixed" ones: sides in pixels, a list for each map; eight strides if None.
         aspect_ratios: of "fixed" ones: height / width.
