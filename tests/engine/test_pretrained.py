@@ -84,6 +84,17 @@ def test_features_of_a_detector_are_the_networks_own(photographs: tuple[Tensor, 
         PretrainedFeatures(weights="blazeface_short_range")
 
 
+def test_features_of_any_size_are_those_of_the_filled_image() -> None:
+    features = PretrainedFeatures(weights=NAME)
+    x = torch.rand(2, 3, 75, 100)
+    filled = torch.full((2, 3, 96, 128), features.mean)  # zero, once it is normalised
+    filled[:, :, :75, :100] = x
+    with torch.no_grad():
+        for a, b in zip(features(x), features(filled), strict=True):
+            assert torch.equal(a, b)
+    assert [tuple(m.shape[2:]) for m in features(x)] == [(48, 64), (24, 32), (12, 16), (6, 8), (3, 4)]
+
+
 def test_a_dilated_stage_keeps_the_weights_and_the_stride() -> None:
     features = PretrainedFeatures(weights=NAME, output_stride=16)
     assert [level.stride for level in features.levels] == [2, 4, 8, 16, 16]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from torchive.data.faults import DataError
 from torchive.data.weights import load_weights, read_weights, weights_info
@@ -37,7 +40,9 @@ def pretrained_network(name: str) -> nn.Module:
 class PretrainedFeatures(nn.Module):
     """A trained network as a detector's backbone: images (N, 3, H, W) in [0, 1] to its maps, finest first.
 
-    It normalises the images itself. Its batch norms keep the statistics they were trained with, since a detector's
+    It normalises the images itself, and fills them with zeros at the right and below to multiples of the coarsest
+    stride. There all strided convolutions halve even sizes, so that timm's "same" padding, whose sizes an export takes
+    minutes to solve, is a constant. Its batch norms keep the statistics they were trained with, since a detector's
     batches are small. Recipes name it: ``backbone: {class_path: torchive.engine.pretrained.PretrainedFeatures}``.
 
     Args:
@@ -60,7 +65,10 @@ class PretrainedFeatures(nn.Module):
         self.body.load_state_dict({name: trained[name] for name in self.body.state_dict()})
         maps = self.body.feature_info
         self.levels = tuple(Level(c, s) for c, s in zip(maps.channels(), maps.reduction(), strict=True))
-        self.mean, self.std = info.mean, info.std
+        self.mean, self.std, self.divisor = info.mean, info.std, self.levels[-1].stride
+        for name, module in list(self.body.named_modules()):
+            if isinstance(module, timm.layers.Conv2dSame):
+                self.body.set_submodule(name, EvenConv2d.from_same(module))
         self.train()  # its norms too are held from the start
 
     def train(self, mode: bool = True) -> PretrainedFeatures:
@@ -72,4 +80,37 @@ class PretrainedFeatures(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return list(self.body((x - self.mean) / self.std))
+        x = (x - self.mean) / self.std
+        height, width = x.shape[2:]
+        if not statically_known_true(height % self.divisor == 0) or not statically_known_true(
+            width % self.divisor == 0
+        ):
+            x = F.pad(x, (0, -width % self.divisor, 0, -height % self.divisor))
+        return list(self.body(x))
+
+
+class EvenConv2d(nn.Conv2d):
+    """TensorFlow's "same" convolution of sides that the stride divides: ``kernel - stride`` zeros, most at the end."""
+
+    @classmethod
+    def from_same(cls, old: nn.Conv2d) -> EvenConv2d:
+        """The same weights, of a convolution that pads by what its input's size asks for."""
+        with torch.device("meta"):
+            new = cls(
+                old.in_channels,
+                old.out_channels,
+                old.kernel_size,  # type: ignore[arg-type]
+                old.stride,  # type: ignore[arg-type]
+                dilation=old.dilation,  # type: ignore[arg-type]
+                groups=old.groups,
+                bias=old.bias is not None,
+            )
+        new.weight, new.bias = old.weight, old.bias
+        return new
+
+    def forward(self, x: Tensor) -> Tensor:
+        border: list[int] = []
+        for kernel, stride, dilation in zip(self.kernel_size, self.stride, self.dilation, strict=True):
+            total = max(dilation * (kernel - 1) + 1 - stride, 0)
+            border = [total // 2, total - total // 2, *border]
+        return super().forward(F.pad(x, border))
