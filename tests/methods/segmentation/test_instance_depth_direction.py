@@ -352,6 +352,18 @@ def test_empty_and_crowded_images(count: int, most: float, options: dict[str, in
     assert all(int(d.masks.sum(0).max() if len(d) else 0) <= 1 for d in found)
 
 
+@pytest.mark.parametrize("grouping", ["centres", "components"])
+def test_an_image_of_background_has_no_objects(grouping: str) -> None:
+    encoding = Encoding()
+    truth = encode(target_of(torch.zeros(0, 20, 24, dtype=torch.uint8)), (20, 24), encoding)
+    decoder = InstanceDecoder(encoding, num_classes=1, grouping=grouping)
+    for threshold in ({}, {"score_threshold": -2.0}) if grouping == "centres" else ({},):
+        found = decoder.instances(perfect_logits(truth, encoding, 1), **threshold)
+        assert len(found.labels) == len(found.scores) == len(found.depths) == 0
+        assert not found.ids.any()
+        assert not found.semantic.any()
+
+
 def test_a_thousand_objects_come_back() -> None:
     """Discs of nine pixels' width on a grid: all are found in one pass, each with its own mask and box."""
     side, pitch = 320, 10

@@ -50,7 +50,8 @@ def vote(fields: Fields, centres: Centres, sides: Tensor, *, tolerance: float, r
         )
     real = torch.nonzero(centres.there)[:, 0]
     middle = centres.points[real, 1]
-    for rows in place[fields.categories.flatten() > 0].split(_BAND):  # a band of the image sees few centres
+    members = place[fields.categories.flatten() > 0]
+    for rows in members.split(_BAND) if len(members) else ():  # a band of the image sees few centres
         top, below = int(rows[0]) // width, int(rows[-1]) // width
         near = real[(middle >= top - limit[real]) & (middle <= below + limit[real])]
         if len(near):
