@@ -569,7 +569,7 @@ def retrieval_of(matching: str, *, steps: int, pairs: int = 4, size: int = 64, s
         anchor_sizes=SIZES,
         before_nms=(200, 100),
         after_nms=(100, 20),
-        rois_per_image=16,
+        rois_per_image=8,
     )
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)

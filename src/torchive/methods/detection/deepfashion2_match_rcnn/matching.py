@@ -39,6 +39,13 @@ class MatchingNetwork(nn.Module):
         self.convs = nn.Sequential(*layers)
         self.embedding = nn.Linear(width, embedding_dim)
         self.decision = nn.Linear(embedding_dim, 2)
+        # PyTorch's own start halves the features in each layer: their squared differences would begin near zero
+        for layer in self.convs.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        nn.init.kaiming_normal_(self.embedding.weight, nonlinearity="linear")
+        nn.init.zeros_(self.embedding.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """Vectors (R, E)."""
