@@ -38,3 +38,4 @@ def test_neighbours_stay_in_their_segment() -> None:
     assert sorted(set(beside[:, 1].tolist())) == [0, 1, 4]  # left, itself for above and right, below
     assert sorted(set(beside[:, 3].tolist())) == [3]
     assert sorted(set(neighbours(segments, diagonal=True)[:, 0].tolist())) == [0, 1, 4]
+    assert neighbours(segments, diagonal=True)[:, 2].tolist().count(5) == 1  # nothing comes back over the border

@@ -45,9 +45,8 @@ def vote(fields: Fields, centres: Centres, sides: Tensor, *, tolerance: float, r
     limit = reach * sides[centres.depth] + _SLACK
     if torch.compiler.is_compiling():
         every = torch.arange(centres.points.shape[0], device=ids.device)
-        return ids.scatter(0, place, _nearest(fields, centres, limit, place, every, tolerance, depth_gap)).view(
-            height, width
-        )
+        found = _nearest(fields, centres, limit, place, every, tolerance, depth_gap)
+        return found.view(height, width)
     real = torch.nonzero(centres.there)[:, 0]
     middle = centres.points[real, 1]
     members = place[fields.categories.flatten() > 0]
