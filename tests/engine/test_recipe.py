@@ -32,7 +32,7 @@ def test_a_recipe_by_its_short_name_by_a_method_and_by_its_file(tmp_path: Path) 
     assert load_recipe("solar") == load_recipe("classification/solar")
     assert load_recipe("ssd").name == "trees_ssd"
     assert load_recipe("attention_unet").name == "nuclei_attention_unet"
-    assert load_recipe("Light Head RCNN").name == "trees_light_head"
+    assert load_recipe("Light Head RCNN").name == "nuclei_light_head"
     (tmp_path / "mine.yaml").write_text("task: classification\nmodel: {class_path: torchive.nn.Classifier}\n")
     assert load_recipe(str(tmp_path / "mine.yaml")).name == "mine"
 
