@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from torchive.nn.average_precision import THRESHOLDS, Compared, average_precision
+from torchive.ops.masks import mask_iou
 from torchive.structures import Detections
 from torchive.structures.landmarks import LandmarkSpace
 
@@ -195,9 +196,7 @@ def _masks(found: Sequence[Detections], targets: Sequence[dict[str, Tensor]]) ->
     def similar(one: Detections, target: dict[str, Tensor], mine: Tensor, own: Tensor) -> Tensor:
         if one.masks is None:
             raise ValueError("expected detections with masks, got None")
-        a, b = one.masks[mine].flatten(1).float(), target["masks"][own].flatten(1).float()
-        both = a @ b.T
-        return (both / (a.sum(1)[:, None] + b.sum(1) - both).clamp(min=1)).double()
+        return mask_iou(one.masks[mine], target["masks"][own]).double()
 
     return _table(found, targets, similar, _every, _DETECTIONS)
 
