@@ -93,10 +93,14 @@ def levels(subject: Subject) -> None:
 
 
 def predict_contract(subject: Subject) -> None:
-    """``predict`` returns one structure per image, with values in their ranges."""
+    """``predict`` returns one structure per image, with values in their ranges, and reads them from ``forward``."""
     module, inputs = subject.evaluated(), subject.inputs()
+    calls: list[nn.Module] = []
+    handle = module.register_forward_hook(lambda called, _inputs, _output: calls.append(called))
     with torch.no_grad():
         found = module.predict(*inputs)
+    handle.remove()
+    assert calls, "predict does not call forward, so that no exported file can stand in its place"
     images = inputs[0]
     assert len(found) == len(images), f"{len(found)} predictions for {len(images)} images"
     wanted = {"classification": Classification, "detection": Detections, "segmentation": Segmentation}.get(module.task)

@@ -33,6 +33,10 @@ from torchive.structures import Detections
 _SIZE = 14  # side of the pooled features of masks, landmarks and matching
 
 
+#: Thresholds of ``forward``, and so of an exported file; ``predict`` with others does not call it.
+DETECTED: dict[str, Any] = {"score_threshold": 0.05, "nms_threshold": 0.5, "max_detections": 100}
+
+
 class MatchRCNN(nn.Module):
     """Detector with masks and landmarks, and a matching network: images (N, C, H, W), or a list of (C, H, W).
 
@@ -126,7 +130,7 @@ class MatchRCNN(nn.Module):
         branches there are ``masks`` (N, D, 28, 28) in [0, 1], ``landmarks`` (N, D, M, 3), x, y and probability, and
         ``features`` (N, D, E); ``sizes`` (N, 2).
         """
-        return self._raw(inputs)
+        return self._raw(inputs, **DETECTED)
 
     def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """``loss_objectness``, ``loss_rpn_box_reg``, ``loss_classifier``, ``loss_box_reg``, and of the branches there
@@ -209,9 +213,12 @@ class MatchRCNN(nn.Module):
         ``keypoints`` (L, P, 2) are zero outside the run of each item's class; ``features`` (L, E)
         are what ``match`` and ``retrieve`` take.
         """
-        raw = self._raw(
-            inputs, score_threshold=score_threshold, nms_threshold=nms_threshold, max_detections=max_detections
-        )
+        options = {
+            "score_threshold": score_threshold,
+            "nms_threshold": nms_threshold,
+            "max_detections": max_detections,
+        }
+        raw = self(inputs) if options == DETECTED else self._raw(inputs, **options)
         return self.decode(raw, image_sizes(inputs), mask_threshold=mask_threshold)
 
     def _raw(self, inputs: Tensor | Sequence[Tensor], **options: Any) -> dict[str, Tensor]:

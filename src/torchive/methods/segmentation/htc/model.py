@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from torchive.ops.masks import check_masks, paste_masks, semantic_targets
 from torchive.ops.roi import pool_regions
 from torchive.ops.suppression import fixed_detections
 from torchive.structures import Detections
+
+#: Thresholds of ``forward``, and so of an exported file; ``predict`` with others does not call it.
+DETECTED: dict[str, Any] = {"score_threshold": 0.001, "nms_threshold": 0.5, "max_detections": 100}
 
 
 class HTC(nn.Module):
@@ -131,7 +134,7 @@ class HTC(nn.Module):
         (N, T, P, 4), ``boxes`` (N, D, 4), ``labels`` (N, D), ``scores`` (N, D), -1 where a row is empty, ``masks``
         (N, D, S, S) in [0, 1], ``sizes`` (N, 2), and ``semantic_logits`` (N, S, h, w) where there is the branch.
         """
-        return self._raw(inputs)
+        return self._raw(inputs, **DETECTED)
 
     def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """``loss_objectness``, ``loss_rpn_box_reg``, ``loss_semantic``, and of each stage ``loss_classifier``,
@@ -190,22 +193,15 @@ class HTC(nn.Module):
         mask_threshold: float = 0.5,
     ) -> list[Detections]:
         """One ``Detections`` with masks per image, in pixels of the image that went in."""
-        raw = self._raw(
-            inputs,
-            score_threshold=score_threshold,
-            nms_threshold=nms_threshold,
-            max_detections=max_detections,
-        )
+        options = {
+            "score_threshold": score_threshold,
+            "nms_threshold": nms_threshold,
+            "max_detections": max_detections,
+        }
+        raw = self(inputs) if options == DETECTED else self._raw(inputs, **options)
         return self.decode(raw, image_sizes(inputs), mask_threshold=mask_threshold)
 
-    def _raw(
-        self,
-        inputs: Tensor | Sequence[Tensor],
-        *,
-        score_threshold: float = 0.001,
-        nms_threshold: float = 0.5,
-        max_detections: int = 100,
-    ) -> dict[str, Tensor]:
+    def _raw(self, inputs: Tensor | Sequence[Tensor], **options: Any) -> dict[str, Tensor]:
         x, sizes = self._batch(inputs)
         features, raw = self._features(x)
         raw["proposals"], raw["proposal_scores"] = self.rpn.propose(raw, features.maps, sizes)
@@ -215,9 +211,7 @@ class HTC(nn.Module):
         raw["boxes"], raw["labels"], raw["scores"] = fixed_detections(
             found["boxes"][:, :, None],
             torch.where(raw["proposal_scores"][..., None] >= 0, scores, -1),
-            score_threshold=score_threshold,
-            nms_threshold=nms_threshold,
-            max_detections=max_detections,
+            **options,
         )
         raw["masks"] = detection_masks(
             lambda boxes, image, labels: self.masks.probabilities(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from torchive.ops.masks import IGNORED, check_masks, paste_masks, semantic_targe
 from torchive.ops.panoptic import merge
 from torchive.ops.suppression import fixed_detections
 from torchive.structures import Detections
+
+#: Thresholds of ``forward``, and so of an exported file; ``predict`` with others does not call it.
+DETECTED: dict[str, Any] = {"score_threshold": 0.05, "nms_threshold": 0.5, "max_detections": 100}
 
 
 class PanopticFPN(nn.Module):
@@ -135,7 +138,7 @@ class PanopticFPN(nn.Module):
         (N, P, 4 (K + 1)), ``boxes`` (N, D, 4), ``labels`` (N, D), ``scores`` (N, D), -1 where a row is empty,
         ``masks`` (N, D, S, S) in [0, 1], ``semantic_logits`` (N, 1 + stuff, h, w), and ``sizes`` (N, 2).
         """
-        return self._raw(inputs)
+        return self._raw(inputs, **DETECTED)
 
     def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """``loss_objectness``, ``loss_rpn_box_reg``, ``loss_classifier``, ``loss_box_reg``, ``loss_mask`` and
@@ -214,7 +217,12 @@ class PanopticFPN(nn.Module):
 
         ``instance_threshold``, ``overlap`` and ``stuff_area`` are those of ``torchive.ops.panoptic.merge``.
         """
-        raw = self._raw(inputs, score_threshold, nms_threshold, max_detections)
+        options = {
+            "score_threshold": score_threshold,
+            "nms_threshold": nms_threshold,
+            "max_detections": max_detections,
+        }
+        raw = self(inputs) if options == DETECTED else self._raw(inputs, **options)
         return self.decode(
             raw,
             image_sizes(inputs),
@@ -224,13 +232,7 @@ class PanopticFPN(nn.Module):
             stuff_area=stuff_area,
         )
 
-    def _raw(
-        self,
-        inputs: Tensor | Sequence[Tensor],
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        max_detections: int = 100,
-    ) -> dict[str, Tensor]:
+    def _raw(self, inputs: Tensor | Sequence[Tensor], **options: Any) -> dict[str, Tensor]:
         x, sizes = self._batch(inputs)
         maps, raw = self._maps(x)
         proposals, sure = self.rpn.propose(raw, maps, sizes)
@@ -243,9 +245,7 @@ class PanopticFPN(nn.Module):
         raw["boxes"], raw["labels"], raw["scores"] = fixed_detections(
             clip_boxes(decode_boxes(code, proposals[:, :, None], WEIGHTS), sizes),
             torch.where(sure[..., None] >= 0, scores, -1),
-            score_threshold=score_threshold,
-            nms_threshold=nms_threshold,
-            max_detections=max_detections,
+            **options,
         )
         raw["masks"] = detection_masks(
             lambda boxes, image, labels: of_label(self.masks(used, self.strides[:-1], boxes, image), labels).sigmoid(),
