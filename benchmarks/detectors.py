@@ -162,7 +162,11 @@ def against(rounds: int, only: Sequence[str]) -> None:
 
 def built() -> dict[str, dict[str, Any]]:
     """Every detector that takes a backbone, by name, with the options that suit it to 256 pixels."""
-    options: dict[str, dict[str, Any]] = {"ssd": {"image_size": 256}, "yolov3": {"image_size": 256}}
+    options: dict[str, dict[str, Any]] = {
+        "ssd": {"image_size": 256},
+        "yolov3": {"image_size": 256},
+        "deepfashion2_match_rcnn": {"landmarks": (), "matching": None},
+    }
     found = {}
     for card in map(get_card, card_names()):
         finds_objects = {"detection", "instance-segmentation"} & set(card.tasks)
@@ -189,7 +193,8 @@ def methods(rounds: int, only: Sequence[str]) -> None:
             sizes = [(256, 256)]
 
             # what suppresses within forward, so that masks can be read there, has no threshold left
-            open_to_all = {} if name in ("htc", "panoptic_fpn") else {"score_threshold": 0.0}
+            within = name in ("htc", "panoptic_fpn", "deepfashion2_match_rcnn")
+            open_to_all = {} if within else {"score_threshold": 0.0}
 
             def decode(model: Any = model, raw: Any = raw, sizes: Any = sizes, options: Any = open_to_all) -> None:
                 with torch.inference_mode():
