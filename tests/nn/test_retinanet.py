@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torchvision
+from tests.nn.torchvisions import Named
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection._utils import Matcher
@@ -16,17 +17,6 @@ import torchive.testing
 from torchive.nn.retinanet import RetinaNet, dense_loss, match_anchors
 
 SMALL = {"backbone": "timm/test_efficientnet", "channels": 8, "num_classes": 3}
-
-
-class Named(nn.Module):
-    """Our backbone as torchvision wants one."""
-
-    def __init__(self, body: nn.Module, channels: int) -> None:
-        super().__init__()
-        self.body, self.out_channels = body, channels
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {str(k): m for k, m in enumerate(self.body(x))}
 
 
 def pair() -> tuple[RetinaNet, TorchvisionRetinaNet]:

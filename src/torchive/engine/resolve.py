@@ -74,7 +74,7 @@ def _of_method(name: str, known: Sequence[str]) -> str | None:
     except KeyError:
         return None
     own = card.comparison.get("recipe")
-    for full in [*(full for full in known if full == own), *known]:
+    for full in sorted(known, key=lambda full: full != own):
         model = read_yaml(RECIPES / f"{full}.yaml").get("model", {})
         if model.get("class_path") == card.class_path.replace(":", "."):
             return full

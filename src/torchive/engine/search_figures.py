@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchive.nn.landmark_precision import PARTS
-from torchive.nn.retrieval import retrieval
+from torchive.nn.retrieval import item_keys, retrieval
 from torchive.structures import Detections
 
 RANKS = (1, 5, 10, 20)
@@ -30,8 +30,8 @@ def search_figures(model: nn.Module, records: Sequence[Record]) -> dict[str, flo
     sides = [[record for record, mine in zip(records, user, strict=True) if mine is side] for side in (True, False)]
     queries, gallery = ([_detections(found) for found, _ in side] for side in sides)
     truths = [[target for _, target in side] for side in sides]
-    asked = {tuple(key) for target in truths[0] for key in _keys(target)}
-    if not asked & {tuple(key) for target in truths[1] for key in _keys(target)}:
+    asked, there = ({key for target in side for key in item_keys(target) if key[1] > 0} for side in truths)
+    if not asked & there:
         return {}
     device = next(model.parameters()).device
     shown = torch.cat([found["features"] for found, _ in sides[1]]).to(device)
@@ -41,11 +41,6 @@ def search_figures(model: nn.Module, records: Sequence[Record]) -> dict[str, flo
     figures = retrieval(queries, truths[0], rows, gallery, truths[1], ks=RANKS, parts=parts)
     del figures["queries"]
     return figures
-
-
-def _keys(target: dict[str, Tensor]) -> list[tuple[int, int]]:
-    pairs = zip(target["pair_id"].tolist(), target["style"].tolist(), strict=True)
-    return [(pair, style) for pair, style in pairs if style > 0]
 
 
 def _detections(found: dict[str, Tensor]) -> Detections:

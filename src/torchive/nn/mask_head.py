@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
 from torchive.nn.regions import Regions, image_of, take_regions
+from torchive.ops.images import box_factors
 from torchive.ops.masks import crop_masks
 from torchive.ops.roi import pool_regions
 
@@ -66,8 +67,8 @@ def mask_targets(
     parts = [regions.boxes.new_zeros(0, size, size)]
     for k, (target, original) in enumerate(zip(targets, originals, strict=True)):
         rows = torch.nonzero(regions.image == k)[:, 0]
-        scale = (sizes.new_tensor(original) / sizes[k])[[1, 0, 1, 0]]
-        parts.append(crop_masks(target["masks"], regions.matched[rows], regions.boxes[rows] * scale, size, **options))
+        boxes = regions.boxes[rows] * box_factors(sizes[k], original)
+        parts.append(crop_masks(target["masks"], regions.matched[rows], boxes, size, **options))
     return torch.cat(parts)
 
 

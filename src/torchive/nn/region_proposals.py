@@ -18,7 +18,18 @@ Sampler = Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 Normalisation = Literal["paper", "sampled"]
 
 
-class RegionProposals(RegionProposalNetwork):
+class TrainingProposals:
+    """``propose`` for the training of a second stage."""
+
+    propose: Callable[..., tuple[Tensor, Tensor]]
+
+    def training_proposals(self, raw: dict[str, Tensor], maps: Sequence[Tensor], sizes: Tensor) -> list[Tensor]:
+        """Proposals (P, 4) of each image with which a second stage is trained, empty rows left out."""
+        boxes, scores = self.propose(raw, maps, sizes, train=True)
+        return [box[score >= 0] for box, score in zip(boxes, scores, strict=True)]
+
+
+class RegionProposals(TrainingProposals, RegionProposalNetwork):
     """Feature maps to objectness and offsets of A anchors, and these to proposals.
 
     torchvision's matcher and sampler: an anchor is positive from an overlap of 0.7 or as the best of a box, negative
@@ -90,11 +101,6 @@ class RegionProposals(RegionProposalNetwork):
             after_nms=self.after_nms[0 if train else 1],
             min_size=self.min_proposal,
         )
-
-    def training_proposals(self, raw: dict[str, Tensor], maps: Sequence[Tensor], sizes: Tensor) -> list[Tensor]:
-        """Proposals (P, 4) of each image with which a second stage is trained, empty rows left out."""
-        boxes, scores = self.propose(raw, maps, sizes, train=True)
-        return [box[score >= 0] for box, score in zip(boxes, scores, strict=True)]
 
     def losses(
         self, raw: dict[str, Tensor], maps: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], sizes: Tensor

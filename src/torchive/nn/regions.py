@@ -14,6 +14,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import box_iou
 
 from torchive.ops.boxes import clip_boxes, decode_boxes, encode_boxes
+from torchive.ops.images import box_factors
 from torchive.ops.roi import pool_regions
 from torchive.ops.soft_suppression import soft_detections
 from torchive.ops.suppression import best_detections
@@ -191,6 +192,23 @@ def image_of(proposals: Tensor) -> Tensor:
     return torch.arange(images, device=proposals.device)[:, None].expand(images, count).flatten()
 
 
+def class_boxes(
+    raw: dict[str, Tensor], *, sigmoid: bool = False, weights: tuple[float, float, float, float] = WEIGHTS
+) -> tuple[Tensor, Tensor]:
+    """Boxes (N, P, K, 4), or (N, P, 1, 4) where the classes share them, and scores (N, P, K), -1 where a row is empty.
+
+    ``raw``, ``sigmoid`` and ``weights`` are those of ``decode_regions``.
+    """
+    kind = torch.promote_types(raw["proposals"].dtype, torch.float32)
+    proposals, scores = raw["proposals"].to(kind)[:, :, None], raw["proposal_scores"].to(kind)[..., None]
+    if "class_logits" not in raw:
+        return proposals, torch.where(scores >= 0, scores, -1)
+    logits, deltas = raw["class_logits"].to(kind), raw["box_deltas"].to(kind).unflatten(2, (-1, 4))
+    boxes = decode_boxes(deltas[:, :, 1:] if deltas.shape[2] > 1 else deltas, proposals, weights)
+    sure = (logits.sigmoid() if sigmoid else logits.softmax(-1))[..., 1:]
+    return clip_boxes(boxes, raw["sizes"]), torch.where(scores >= 0, sure, -1)
+
+
 def decode_regions(
     raw: dict[str, Tensor],
     image_sizes: Sequence[tuple[int, int]],
@@ -214,22 +232,12 @@ def decode_regions(
         sigmoid: whether each class's logit is a score of its own; the background's is left out then.
         weights: of the box code.
     """
-    proposals, valid = raw["proposals"].float(), raw["proposal_scores"] >= 0  # (N, P, 4), (N, P)
-    if "class_logits" in raw:
-        logits = raw["class_logits"].float()
-        scores = (logits.sigmoid() if sigmoid else logits.softmax(-1))[..., 1:]  # (N, P, K)
-        deltas = raw["box_deltas"].float().unflatten(2, (-1, 4))
-        deltas = deltas[:, :, 1:] if deltas.shape[2] > 1 else deltas
-        boxes = clip_boxes(decode_boxes(deltas, proposals[:, :, None], weights), raw["sizes"])
-    else:
-        scores, boxes = raw["proposal_scores"].float()[..., None], proposals[:, :, None]
-    scores = torch.where(valid[..., None], scores, -1)
+    boxes, scores = class_boxes(raw, sigmoid=sigmoid, weights=weights)
     suppress: Callable[..., tuple[Tensor, ...]] = partial(best_detections, nms_threshold=nms_threshold)
     if soft_sigma is not None:
         suppress = partial(soft_detections, sigma=soft_sigma)
     found = []
-    for box, score, size, (height, width) in zip(boxes, scores, raw["sizes"], image_sizes, strict=True):
+    for box, score, size, original in zip(boxes, scores, raw["sizes"], image_sizes, strict=True):
         kept, label, sure, _ = suppress(box, score, score_threshold=score_threshold, max_detections=max_detections)
-        scale = (kept.new_tensor([height, width]) / size.to(kept.dtype))[[1, 0, 1, 0]]
-        found.append(Detections(kept * scale, label, sure))
+        found.append(Detections(kept * box_factors(size, original), label, sure))
     return found

@@ -21,14 +21,55 @@ from torchive.nn.prior import init_classifier
 from torchive.nn.pyramid import Pyramid
 from torchive.ops.anchors import cell_anchors, grid_anchors
 from torchive.ops.boxes import clip_boxes, code_iou, decode_boxes, encode_boxes
-from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
+from torchive.ops.images import batch_images, box_factors, check_images, check_targets, image_sizes, scale_targets
 from torchive.structures import Detections
 
 NEGATIVE, IGNORED = -1, -2
 Normaliser = Literal["batch", "image"]
 
 
-class RetinaNet(nn.Module):
+class DenseDetector(nn.Module):
+    """A detector of which every position's classes and codes come out; ``forward`` gives what ``decode_dense`` takes.
+
+    It sets ``in_channels`` and ``image_size``.
+    """
+
+    task = "detection"
+    in_channels: int
+    image_size: int | None
+
+    def decode(
+        self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
+    ) -> list[Detections]:
+        """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
+        return decode_dense(raw, image_sizes, **options)
+
+    def predict(
+        self,
+        inputs: Tensor | Sequence[Tensor],
+        *,
+        score_threshold: float = 0.05,
+        candidates: int = 1000,
+        nms_threshold: float = 0.5,
+        max_detections: int = 100,
+    ) -> list[Detections]:
+        """One ``Detections`` per image, boxes in pixels of the image that went in."""
+        return self.decode(
+            self(inputs),
+            image_sizes(inputs),
+            score_threshold=score_threshold,
+            candidates=candidates,
+            nms_threshold=nms_threshold,
+            max_detections=max_detections,
+        )
+
+    def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""
+        check_images(inputs, self.in_channels)
+        return batch_images(inputs, shorter=self.image_size)
+
+
+class RetinaNet(DenseDetector):
     """One-stage detector: images (N, C, H, W), or a list of (C, H, W), to class scores and box codes of A anchors.
 
     Boxes go in and come out in pixels of the images given.
@@ -53,8 +94,6 @@ class RetinaNet(nn.Module):
     Raises:
         ValueError: an argument outside the above.
     """
-
-    task = "detection"
 
     def __init__(
         self,
@@ -103,8 +142,7 @@ class RetinaNet(nn.Module):
         ``logits`` (N, A, K), ``deltas`` (N, A, 4), ``anchors`` (A, 4) in pixels of the batch, ``levels`` (A,), the
         number of each anchor's map, and ``sizes`` (N, 2), height and width of the images in the batch.
         """
-        check_images(inputs, self.in_channels)
-        x, sizes = batch_images(inputs, shorter=self.image_size)
+        x, sizes = self._batch(inputs)
         maps = self.backbone(x)
         scores, boxes = self.head.classification_head, self.head.regression_head
         cells: list[Tensor] = [getattr(self, f"cell{k}") for k in range(len(maps))]
@@ -131,31 +169,6 @@ class RetinaNet(nn.Module):
             classification=self.classification_loss,
             localisation=self.localisation_loss,
             normaliser=self.normaliser,
-        )
-
-    def decode(
-        self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
-    ) -> list[Detections]:
-        """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
-        return decode_dense(raw, image_sizes, **options)
-
-    def predict(
-        self,
-        inputs: Tensor | Sequence[Tensor],
-        *,
-        score_threshold: float = 0.05,
-        candidates: int = 1000,
-        nms_threshold: float = 0.5,
-        max_detections: int = 100,
-    ) -> list[Detections]:
-        """One ``Detections`` per image, boxes in pixels of the image that went in."""
-        return decode_dense(
-            self(inputs),
-            image_sizes(inputs),
-            score_threshold=score_threshold,
-            candidates=candidates,
-            nms_threshold=nms_threshold,
-            max_detections=max_detections,
         )
 
 
@@ -260,12 +273,11 @@ def decode_dense(
     boxes = decode_boxes(raw["deltas"].float().gather(1, row), anchors, weights)
     boxes, labels = clip_boxes(boxes, raw["sizes"]), pick % classes + 1
     found = []
-    for box, score, label, size, (height, width) in zip(boxes, best, labels, raw["sizes"], image_sizes, strict=True):
+    for box, score, label, size, original in zip(boxes, best, labels, raw["sizes"], image_sizes, strict=True):
         sure = score > score_threshold
         box, score, label = box[sure], score[sure], label[sure]
         kept = torchvision.ops.batched_nms(box, score, label, nms_threshold)[:max_detections]
-        scale = (box.new_tensor([height, width]) / size.to(box.dtype))[[1, 0, 1, 0]]
-        found.append(Detections(box[kept] * scale, label[kept], score[kept]))
+        found.append(Detections(box[kept] * box_factors(size.to(box.dtype), original), label[kept], score[kept]))
     return found
 
 

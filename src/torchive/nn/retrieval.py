@@ -73,7 +73,7 @@ def retrieved_items(
     for k, (one, target, answers) in enumerate(zip(found, targets, returned, strict=True)):
         if len(answers) != len(one):
             raise ValueError(f"image {k}: expected results of {len(one)} detections, got {len(answers)}")
-        keys = _keys(target)
+        keys = item_keys(target)
         asked = torch.tensor([key in items for key in keys], dtype=torch.bool)
         query = torch.nonzero(asked & (target["style"].cpu() > 0))[:, 0]
         chosen = _standing(one, target, query, same_class)  # (q,), -1 for none
@@ -133,7 +133,8 @@ def retrieval(
     return figures
 
 
-def _keys(target: dict[str, Tensor]) -> list[tuple[int, int]]:
+def item_keys(target: dict[str, Tensor]) -> list[tuple[int, int]]:
+    """Pair and style of each item, by which it is known in other images; a style of 0 is nothing's."""
     return list(zip(target["pair_id"].tolist(), target["style"].tolist(), strict=True))
 
 
@@ -157,7 +158,7 @@ def _identities(
     items: dict[tuple[int, int], int] = {}
     pairs, start = [torch.zeros(0, 2, dtype=torch.int64)], 0
     for one, target in zip(gallery, targets, strict=True):
-        numbers = torch.tensor([items.setdefault(key, len(items)) for key in _keys(target)], dtype=torch.int64)
+        numbers = torch.tensor([items.setdefault(key, len(items)) for key in item_keys(target)], dtype=torch.int64)
         if len(one) and len(numbers):
             iou = box_iou(one.boxes.cpu().double(), target["boxes"].cpu().double())
             row, column = torch.nonzero(iou >= threshold, as_tuple=True)

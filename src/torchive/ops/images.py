@@ -143,6 +143,14 @@ def scale_targets(
     return scaled
 
 
+def box_factors(size: Tensor, original: tuple[int, int]) -> Tensor:
+    """What boxes (..., 4) in an image of the batch of ``size`` (2,) are multiplied by for one of ``original``.
+
+    Both are height and width; the result is (4,), for x and y alike.
+    """
+    return (size.new_tensor(original) / size)[[1, 0, 1, 0]]
+
+
 def check_targets(targets: Sequence[dict[str, Tensor]], count: int, num_classes: int) -> None:
     """Refuse targets that do not fit: one dict per image, boxes (L, 4) with area, labels (L,) int64 from 1 to K.
 

@@ -26,6 +26,9 @@ from torch import Tensor
 
 Target = Any
 
+#: ``source`` of an item that is sought in other images.
+SHOP, USER = 0, 1
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -219,14 +219,8 @@ class Pipeline:
         return image, target
 
     def _augment_boxes(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        moving = [
-            step for step in self.steps if isinstance(step, RandomIoUCrop) or "_geometry" in type(step).__module__
-        ]
-        if moving and "keypoints" in target:
-            raise ValueError(
-                f"{type(moving[0]).__name__} does not move landmarks, nor does it know left from right; for data with "
-                "landmarks list others, as augment: [light]"
-            )
+        if "keypoints" in target:
+            _refuse_moving(self.steps)
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
         typed: dict[str, Any] = {**target, "boxes": boxes}
         typed |= {key: tv_tensors.Mask(target[key]) for key in ("masks", "semantic") if key in target}
@@ -238,3 +232,13 @@ class Pipeline:
             sides = plain["boxes"][:, 2:] - plain["boxes"][:, :2]
             plain["area"] = plain["masks"].flatten(1).sum(1).float() if "masks" in plain else sides.prod(1)
         return picture.as_subclass(Tensor), plain
+
+
+def _refuse_moving(steps: Sequence[nn.Module]) -> None:
+    """Landmarks stay where they are: no step may move the picture under them."""
+    for step in steps:
+        if isinstance(step, RandomIoUCrop) or "_geometry" in type(step).__module__:
+            raise ValueError(
+                f"{type(step).__name__} does not move landmarks, nor does it know left from right; for data with "
+                "landmarks list others, as augment: [light]"
+            )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from tests.nn.torchvisions import LEVELS, Named
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FasterRCNN as TheirFasterRCNN
 from torchvision.models.detection.rpn import AnchorGenerator
@@ -109,17 +109,6 @@ def test_paper_defaults() -> None:
     assert net.rpn.normalisation == "paper"
 
 
-class Named(nn.Module):
-    """A list of maps as torchvision wants it."""
-
-    def __init__(self, backbone: nn.Module, channels: int, names: list[str]) -> None:
-        super().__init__()
-        self.inner, self.out_channels, self.names = backbone, channels, names
-
-    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        return OrderedDict(zip(self.names, self.inner(x), strict=True))
-
-
 @pytest.mark.parametrize("pyramid", [True, False])
 def test_equals_torchvision_on_copied_weights(pyramid: bool, record) -> None:
     """Losses and gradients under one seed, proposals, and detections of the whole model."""
@@ -128,10 +117,9 @@ def test_equals_torchvision_on_copied_weights(pyramid: bool, record) -> None:
     ours = FasterRCNN(**options, ignore_crossing=False, rpn_normalisation="sampled")
     nn.init.normal_(ours.roi_heads.box_predictor.cls_score.weight, std=0.3)
     nn.init.normal_(ours.rpn.head.cls_logits.weight, std=0.3)
-    names = ["0", "1", "2", "3", "pool"] if pyramid else ["0"]
     channels = ours.backbone.levels[0].channels
     theirs = TheirFasterRCNN(
-        Named(ours.backbone, channels, names),
+        Named(ours.backbone, channels),
         min_size=128,
         image_mean=[0.0] * 3,
         image_std=[1.0] * 3,
@@ -140,7 +128,7 @@ def test_equals_torchvision_on_copied_weights(pyramid: bool, record) -> None:
         rpn_pre_nms_top_n_test=100,
         rpn_post_nms_top_n_train=100,
         rpn_post_nms_top_n_test=50,
-        box_roi_pool=MultiScaleRoIAlign(names[:4], 7, 2),
+        box_roi_pool=MultiScaleRoIAlign(LEVELS if pyramid else ["0"], 7, 2),
         box_head=ours.roi_heads.box_head,
         box_predictor=ours.roi_heads.box_predictor,
         box_batch_size_per_image=64,

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 
 import pytest
 import torch
 import torchvision
+from tests.nn.torchvisions import LEVELS, assert_same, detect, mask_predictor, of_parts
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNPredictor
-from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.models.detection.mask_rcnn import MaskRCNN
 from torchvision.ops import MultiScaleRoIAlign
 
 from torchive.engine.export import OnnxModel, write_onnx
@@ -168,17 +167,6 @@ def test_matches_the_released_heads(record, parity) -> None:
     )
 
 
-class Named(nn.Module):
-    """A list of maps as torchvision wants it."""
-
-    def __init__(self, backbone: nn.Module, channels: int) -> None:
-        super().__init__()
-        self.inner, self.out_channels = backbone, channels
-
-    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        return OrderedDict(zip(["0", "1", "2", "3", "pool"], self.inner(x), strict=True))
-
-
 def test_one_stage_is_torchvisions_mask_rcnn() -> None:
     """With copied weights: boxes, scores, labels and mask probabilities."""
     net = HTC(**{**SMALL, **MASK_R_CNN}).eval()
@@ -191,37 +179,21 @@ def test_one_stage_is_torchvisions_mask_rcnn() -> None:
     shared = net.boxes.stages[0].box_predictor.bbox_pred
     predictor.bbox_pred.weight.data.copy_(shared.weight.repeat(4, 1))
     predictor.bbox_pred.bias.data.copy_(shared.bias.repeat(4))
-    mask_predictor = MaskRCNNPredictor(8, 8, 4)  # theirs has a channel for the background
-    mask_predictor.conv5_mask = head.mask_predictor.conv5_mask
-    mask_predictor.mask_fcn_logits.weight.data[1:] = head.mask_predictor.mask_fcn_logits.weight
-    mask_predictor.mask_fcn_logits.bias.data[1:] = head.mask_predictor.mask_fcn_logits.bias
-    theirs = MaskRCNN(
-        Named(net.backbone, 8),
-        rpn_anchor_generator=AnchorGenerator(SIZES, ((0.5, 1.0, 2.0),) * 5),
-        rpn_pre_nms_top_n_test=100,
-        rpn_post_nms_top_n_test=50,
-        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2),
+    theirs = of_parts(
+        MaskRCNN,
+        net,
+        sizes=SIZES,
         box_head=net.boxes.stages[0].box_head,
         box_predictor=predictor,
-        mask_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2),
+        mask_roi_pool=MultiScaleRoIAlign(LEVELS, 14, 2),
         mask_head=head.mask_head,
-        mask_predictor=mask_predictor,
-    ).eval()
-    theirs.rpn.head.load_state_dict(net.rpn.head.state_dict())
+        mask_predictor=mask_predictor(head.mask_predictor, 3),
+    )
     images = torch.randn(2, 3, 128, 192)
     with torch.no_grad():
-        listed = torchvision.models.detection.image_list.ImageList(images, [(128, 192)] * 2)
-        features = theirs.backbone(images)
-        proposals, _ = theirs.rpn(listed, features)
-        expected, _ = theirs.roi_heads(features, proposals, listed.image_sizes)
+        expected, _ = detect(theirs, images)
         raw = net._raw(images, score_threshold=0.05)
-    for k, other in enumerate(expected):
-        there = raw["scores"][k] >= 0
-        assert there.sum() == len(other["scores"]) > 5
-        assert torch.equal(raw["labels"][k][there], other["labels"])
-        torch.testing.assert_close(raw["boxes"][k][there], other["boxes"], rtol=0, atol=1e-4)
-        torch.testing.assert_close(raw["scores"][k][there], other["scores"], rtol=0, atol=1e-5)
-        torch.testing.assert_close(raw["masks"][k][there], other["masks"][:, 0], rtol=0, atol=1e-5)
+    assert_same(raw, expected)
 
 
 def test_mask_features_flow_on_the_same_regions(double) -> None:

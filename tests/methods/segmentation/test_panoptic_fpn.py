@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from tests.nn.torchvisions import LEVELS, assert_same, detect, mask_predictor, of_parts
 from torch import Tensor, nn
-from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNPredictor
-from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.models.detection.mask_rcnn import MaskRCNN
 from torchvision.ops import MultiScaleRoIAlign
 
 from torchive.engine.export import OnnxModel, write_onnx
@@ -93,52 +91,26 @@ def test_each_map_has_its_rounds() -> None:
     torch.testing.assert_close(sum(alone) - 3 * silent, head.features(maps))  # the maps are added
 
 
-class Named(nn.Module):
-    """A list of maps as torchvision wants it."""
-
-    def __init__(self, backbone: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.out_channels = backbone, 8
-
-    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        return OrderedDict(zip(["0", "1", "2", "3", "pool"], self.inner(x), strict=True))
-
-
 def test_the_instance_half_is_torchvisions() -> None:
     net = PanopticFPN(**SMALL).eval()
     for module in (net.roi_heads.box_predictor, net.rpn.head.cls_logits, net.masks.mask_predictor):
         for p in module.parameters():
             nn.init.normal_(p, std=0.3)
-    predictor = MaskRCNNPredictor(8, 8, 3)  # theirs has a channel for the background
-    predictor.conv5_mask = net.masks.mask_predictor.conv5_mask
-    predictor.mask_fcn_logits.weight.data[1:] = net.masks.mask_predictor.mask_fcn_logits.weight
-    predictor.mask_fcn_logits.bias.data[1:] = net.masks.mask_predictor.mask_fcn_logits.bias
-    theirs = MaskRCNN(
-        Named(net.backbone),
-        rpn_anchor_generator=AnchorGenerator(SIZES, ((0.5, 1.0, 2.0),) * 5),
-        rpn_pre_nms_top_n_test=100,
-        rpn_post_nms_top_n_test=50,
-        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2),
+    theirs = of_parts(
+        MaskRCNN,
+        net,
+        sizes=SIZES,
         box_head=net.roi_heads.box_head,
         box_predictor=net.roi_heads.box_predictor,
-        mask_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 14, 2),
+        mask_roi_pool=MultiScaleRoIAlign(LEVELS, 14, 2),
         mask_head=net.masks.mask_head,
-        mask_predictor=predictor,
-    ).eval()
-    theirs.rpn.head.load_state_dict(net.rpn.head.state_dict())
+        mask_predictor=mask_predictor(net.masks.mask_predictor, 2),
+    )
     images = torch.randn(2, 3, 128, 192)
     with torch.no_grad():
-        features = theirs.backbone(images)
-        listed = torchvision.models.detection.image_list.ImageList(images, [(128, 192)] * 2)
-        expected, _ = theirs.roi_heads(features, theirs.rpn(listed, features)[0], listed.image_sizes)
+        expected, _ = detect(theirs, images)
         raw = net(images)
-    for k, other in enumerate(expected):
-        there = raw["scores"][k] >= 0
-        assert there.sum() == len(other["scores"]) > 5
-        assert torch.equal(raw["labels"][k][there], other["labels"])
-        torch.testing.assert_close(raw["boxes"][k][there], other["boxes"], rtol=0, atol=1e-4)
-        torch.testing.assert_close(raw["scores"][k][there], other["scores"], rtol=0, atol=1e-5)
-        torch.testing.assert_close(raw["masks"][k][there], other["masks"][:, 0], rtol=0, atol=1e-5)
+    assert_same(raw, expected)
 
 
 def things_on_stuff(count: int, size: int, seed: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

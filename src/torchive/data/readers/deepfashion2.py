@@ -12,10 +12,11 @@ from typing import Any
 from torchive.data.faults import DataError
 from torchive.data.readers.coco import is_number
 from torchive.data.readers.index import SPLIT_NAMES, Index, Objects, Record, read_text
+from torchive.structures.batch import SHOP, USER
 from torchive.structures.landmarks import DEEPFASHION2
 
 #: An image's source, as targets number it.
-SOURCES = {"shop": 0, "user": 1}
+SOURCES = {"shop": SHOP, "user": USER}
 #: What is known of each item as a number from 1 to 3.
 LEVELS = ("scale", "occlusion", "zoom_in", "viewpoint")
 _ITEM = re.compile(r"item\d+")

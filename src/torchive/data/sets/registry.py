@@ -73,6 +73,10 @@ _GOOGLE = Package(
     74.3,
 )
 
+_SCENE_CLASSES = ("birds", "fish", "flowers", "fruit", "insects", "mammals", "vegetables")
+_SCENE_LICENCE = "GPL-2 (cut-outs); CC-BY-4.0, CC-BY-SA-4.0 and CC0-1.0 by photograph (backgrounds)"
+_SCENE_ORIGIN = "Tux Paint stamps, Lomiri wallpapers; Debian packages tuxpaint-stamps-default, lomiri-wallpapers-16.04"
+
 _ALL = (
     SampleSetInfo(
         name="solar",
@@ -137,11 +141,11 @@ _ALL = (
     SampleSetInfo(
         name="scenes",
         task="detection",
-        classes=("birds", "fish", "flowers", "fruit", "insects", "mammals", "vegetables"),
+        classes=_SCENE_CLASSES,
         size="1,400 scenes of 320 x 320, colour, with boxes, masks and alpha",
-        licence="GPL-2 (cut-outs); CC-BY-4.0, CC-BY-SA-4.0 and CC0-1.0 by photograph (backgrounds)",
+        licence=_SCENE_LICENCE,
         commercial=True,
-        origin="Tux Paint stamps, Lomiri wallpapers; Debian packages tuxpaint-stamps-default, lomiri-wallpapers-16.04",
+        origin=_SCENE_ORIGIN,
         description="Photographed cut-outs composed on photographs; exact boxes, visible masks and alpha.",
         packages=(_STAMPS, _WALLPAPERS),
         module="scenes",
@@ -149,11 +153,11 @@ _ALL = (
     SampleSetInfo(
         name="scene-pairs",
         task="detection",
-        classes=("birds", "fish", "flowers", "fruit", "insects", "mammals", "vegetables"),
+        classes=_SCENE_CLASSES,
         size="900 scenes and 655 single cut-outs of 166 items, 320 x 320, colour, with boxes, masks and pairs",
-        licence="GPL-2 (cut-outs); CC-BY-4.0, CC-BY-SA-4.0 and CC0-1.0 by photograph (backgrounds)",
+        licence=_SCENE_LICENCE,
         commercial=True,
-        origin="Tux Paint stamps, Lomiri wallpapers; Debian packages tuxpaint-stamps-default, lomiri-wallpapers-16.04",
+        origin=_SCENE_ORIGIN,
         description="Each photographed cut-out in scenes and alone on white, to be found again: two domains.",
         packages=(_STAMPS, _WALLPAPERS),
         module="scene_pairs",

@@ -21,10 +21,10 @@ from torchive.data.sets import scenes
 from torchive.data.sets.registry import SAMPLE_SETS
 from torchive.data.sets.scenes import Scenes, box_of, in_front
 from torchive.structures import Sample
+from torchive.structures.batch import SHOP, USER
 
 _INFO = SAMPLE_SETS["scene-pairs"]
 _SCENES = {"train": 600, "val": 100, "test": 200}
-_SHOP, _USER = 0, 1
 _WHITE = 250
 _OTHERS = 2  # items beside the main one, at most
 
@@ -43,11 +43,11 @@ class ScenePairs(Scenes):
         super().__init__(folder, split)
         self.name = _INFO.name
         count, shown = _SCENES[split], len(self.cutouts)
-        plan = [(_USER, k, k % shown) for k in range(count)]
+        plan = [(USER, k, k % shown) for k in range(count)]
         if split == "train":
-            plan = [(source, k, item) for _, k, item in plan for source in (_USER, _SHOP)]
+            plan = [(source, k, item) for _, k, item in plan for source in (USER, SHOP)]
         else:
-            plan += [(_SHOP, item, item) for item in range(shown)]
+            plan += [(SHOP, item, item) for item in range(shown)]
         self.plan = plan  # of each image its source, its number and its main item
         self.ids = tuple(f"{split}/{('shop', 'user')[source]}/{k:04d}" for source, k, _ in plan)
 
@@ -91,7 +91,7 @@ class ScenePairs(Scenes):
         draw = np.random.default_rng(key_seed("scene pairs", self.split, source, number))
         wanted = [item]
         canvas = self._background(draw, picture)
-        if source == _USER:
+        if source == USER:
             others = draw.permutation(len(self.cutouts))[: int(draw.integers(0, _OTHERS + 1))]
             wanted += [int(k) for k in others if k != item]
         else:

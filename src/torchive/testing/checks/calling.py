@@ -97,9 +97,11 @@ def predict_contract(subject: Subject) -> None:
     module, inputs = subject.evaluated(), subject.inputs()
     calls: list[nn.Module] = []
     handle = module.register_forward_hook(lambda called, _inputs, _output: calls.append(called))
-    with torch.no_grad():
-        found = module.predict(*inputs)
-    handle.remove()
+    try:
+        with torch.no_grad():
+            found = module.predict(*inputs)
+    finally:
+        handle.remove()
     assert calls, "predict does not call forward, so that no exported file can stand in its place"
     images = inputs[0]
     assert len(found) == len(images), f"{len(found)} predictions for {len(images)} images"

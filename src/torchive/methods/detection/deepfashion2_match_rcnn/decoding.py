@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchive.methods.detection.deepfashion2_match_rcnn.heads import LandmarkHead
+from torchive.ops.images import box_factors
 from torchive.ops.masks import paste_masks
 from torchive.structures import Detections
 
@@ -26,12 +27,12 @@ def decode_detections(
     for k, original in enumerate(image_sizes):
         there = raw["scores"][k] >= 0
         row = {name: raw[name][k][there] for name in _PER_DETECTION if name in raw}
-        scale = (raw["sizes"].new_tensor(original) / raw["sizes"][k])[[1, 0]]
-        box, points, masks = row["boxes"] * scale.repeat(2), None, None
+        scale = box_factors(raw["sizes"][k], original)
+        box, points, masks = row["boxes"] * scale, None, None
         if "masks" in row:
             masks = paste_masks(row["masks"], box, original, threshold=mask_threshold)
         if "landmarks" in row and head is not None:
-            points = whole_row(row["landmarks"][..., :2] * scale, row["labels"], head)
+            points = whole_row(row["landmarks"][..., :2] * scale[:2], row["labels"], head)
         found.append(Detections(box, row["labels"], row["scores"], masks, points, features=row.get("features")))
     return found
 

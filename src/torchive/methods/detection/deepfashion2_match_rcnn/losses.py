@@ -10,9 +10,7 @@ from torch import Tensor
 
 from torchive.methods.detection.deepfashion2_match_rcnn.heads import LandmarkHead
 from torchive.nn.regions import Regions
-
-#: ``source`` of a target.
-SHOP, USER = 0, 1
+from torchive.structures.batch import SHOP, USER
 
 
 def check_landmarks(targets: Sequence[dict[str, Tensor]], total: int) -> None:

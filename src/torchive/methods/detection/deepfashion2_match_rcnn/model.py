@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,9 @@ from torchive.methods.detection.deepfashion2_match_rcnn.matching import FEATURES
 from torchive.nn.mask_head import MaskHead, detection_values, mask_loss, mask_targets, of_label, positive_regions
 from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
-from torchive.nn.regions import WEIGHTS, RegionStage, image_of, region_loss, region_maps, sample_regions
-from torchive.ops.boxes import clip_boxes, decode_boxes
-from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
+from torchive.nn.regions import RegionStage, class_boxes, image_of, region_loss, region_maps, sample_regions
+from torchive.nn.two_stage import DetectsInForward
+from torchive.ops.images import check_targets, image_sizes, scale_targets
 from torchive.ops.masks import check_masks
 from torchive.ops.roi import pool_regions
 from torchive.ops.suppression import fixed_detections
@@ -33,11 +33,7 @@ from torchive.structures import Detections
 _SIZE = 14  # side of the pooled features of masks, landmarks and matching
 
 
-#: Thresholds of ``forward``, and so of an exported file; ``predict`` with others does not call it.
-DETECTED: dict[str, Any] = {"score_threshold": 0.05, "nms_threshold": 0.5, "max_detections": 100}
-
-
-class MatchRCNN(nn.Module):
+class MatchRCNN(DetectsInForward):
     """Detector with masks and landmarks, and a matching network: images (N, C, H, W), or a list of (C, H, W).
 
     Targets hold ``boxes`` (L, 4), ``labels`` (L,), ``masks`` (L, H, W), ``keypoints`` (L, P, 3), x, y and 0 for not
@@ -72,7 +68,7 @@ class MatchRCNN(nn.Module):
         ValueError: an argument outside the above, or features of a branch that is switched off.
     """
 
-    task = "detection"
+    detected: ClassVar[dict[str, Any]] = {"score_threshold": 0.05, "nms_threshold": 0.5, "max_detections": 100}
 
     def __init__(
         self,
@@ -130,7 +126,7 @@ class MatchRCNN(nn.Module):
         branches there are ``masks`` (N, D, 28, 28) in [0, 1], ``landmarks`` (N, D, M, 3), x, y and probability, and
         ``features`` (N, D, E); ``sizes`` (N, 2).
         """
-        return self._raw(inputs, **DETECTED)
+        return self._raw(inputs, **self.detected)
 
     def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """``loss_objectness``, ``loss_rpn_box_reg``, ``loss_classifier``, ``loss_box_reg``, and of the branches there
@@ -213,12 +209,9 @@ class MatchRCNN(nn.Module):
         ``keypoints`` (L, P, 2) are zero outside the run of each item's class; ``features`` (L, E)
         are what ``match`` and ``retrieve`` take.
         """
-        options = {
-            "score_threshold": score_threshold,
-            "nms_threshold": nms_threshold,
-            "max_detections": max_detections,
-        }
-        raw = self(inputs) if options == DETECTED else self._raw(inputs, **options)
+        raw = self._detect(
+            inputs, score_threshold=score_threshold, nms_threshold=nms_threshold, max_detections=max_detections
+        )
         return self.decode(raw, image_sizes(inputs), mask_threshold=mask_threshold)
 
     def _raw(self, inputs: Tensor | Sequence[Tensor], **options: Any) -> dict[str, Tensor]:
@@ -230,14 +223,8 @@ class MatchRCNN(nn.Module):
         logits, deltas = self.boxes(used, strides, raw["proposals"].flatten(0, 1), image_of(raw["proposals"]))
         count = raw["proposals"].shape[1]
         raw["class_logits"], raw["box_deltas"] = (part.unflatten(0, (-1, count)) for part in (logits, deltas))
-        proposals = raw["proposals"]
-        codes = raw["box_deltas"].to(proposals.dtype).unflatten(2, (-1, 4))[:, :, 1:]
-        scores = raw["class_logits"].to(proposals.dtype).softmax(-1)[..., 1:]  # (N, P', K)
-        raw["boxes"], raw["labels"], raw["scores"] = fixed_detections(
-            clip_boxes(decode_boxes(codes, proposals[:, :, None], WEIGHTS), sizes),
-            torch.where(raw["proposal_scores"][..., None] >= 0, scores, -1),
-            **options,
-        )
+        raw["sizes"] = sizes
+        raw["boxes"], raw["labels"], raw["scores"] = fixed_detections(*class_boxes(raw), **options)
 
         def run(boxes: Tensor, image: Tensor, labels: Tensor) -> list[Tensor]:
             return self._details(pool_regions(used, strides, boxes, image, size=_SIZE), boxes, labels)
@@ -247,7 +234,6 @@ class MatchRCNN(nn.Module):
         if names:
             found = detection_values(run, raw["boxes"], raw["labels"], raw["scores"])
             raw |= dict(zip(names, found, strict=True))
-        raw["sizes"] = sizes
         return raw
 
     def _details(self, pooled: Tensor, boxes: Tensor, labels: Tensor) -> list[Tensor]:
@@ -298,11 +284,6 @@ class MatchRCNN(nn.Module):
             check_landmarks(targets, self.landmarks.space.total)
         if self.matching is not None:
             check_pairs(targets)
-
-    def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""
-        check_images(inputs, self.in_channels)
-        return batch_images(inputs, shorter=self.image_size, divisor=max(self.strides[-1] // 2, 16))
 
 
 def _joined(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

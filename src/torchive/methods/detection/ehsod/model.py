@@ -27,14 +27,15 @@ from torchive.nn.regions import (
     region_maps,
     take_regions,
 )
-from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
+from torchive.nn.two_stage import TwoStage
+from torchive.ops.images import check_targets, image_sizes, scale_targets
 from torchive.ops.roi import pool_regions
 from torchive.structures import Detections
 
 Target = dict[str, Tensor]
 
 
-class EHSOD(nn.Module):
+class EHSOD(TwoStage):
     """Two-stage detector that learns from boxes and from image-level labels: images to boxes and class scores.
 
     A target may hold ``has_boxes`` () and ``image_labels`` (K,), 1 for each class that the image shows. Without the
@@ -65,8 +66,6 @@ class EHSOD(nn.Module):
     Raises:
         ValueError: an argument outside the above.
     """
-
-    task = "detection"
 
     def __init__(
         self,
@@ -271,11 +270,6 @@ class EHSOD(nn.Module):
 
     def _ranked(self, raw: dict[str, Tensor], cams: Sequence[Tensor]) -> dict[str, Tensor]:
         return raw | {"objectness": ranking(raw["objectness"], cams, self.rpn.per_cell, self.rank_by)}
-
-    def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""
-        check_images(inputs, self.in_channels)
-        return batch_images(inputs, shorter=self.image_size, divisor=max(self.strides[-1] // 2, 16))
 
     def _pool(self, maps: Sequence[Tensor], boxes: Tensor, image: Tensor) -> Tensor:
         return pool_regions(*region_maps(maps, self.strides), boxes, image)

@@ -19,11 +19,12 @@ from torchive.nn.regions import (
     sample_regions,
 )
 from torchive.nn.sigmoid_classes import SigmoidPredictor, SigmoidRegionLoss
-from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
+from torchive.nn.two_stage import TwoStage
+from torchive.ops.images import check_targets, image_sizes, scale_targets
 from torchive.structures import Detections
 
 
-class FasterRCNN(nn.Module):
+class FasterRCNN(TwoStage):
     """Two-stage detector: images (N, C, H, W), or a list of (C, H, W), to proposals, their class scores and box
     offsets.
 
@@ -62,8 +63,6 @@ class FasterRCNN(nn.Module):
     Raises:
         ValueError: an argument outside the above.
     """
-
-    task = "detection"
 
     def __init__(
         self,
@@ -196,11 +195,6 @@ class FasterRCNN(nn.Module):
             nms_threshold=nms_threshold,
             max_detections=max_detections,
         )
-
-    def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""
-        check_images(inputs, self.in_channels)
-        return batch_images(inputs, shorter=self.image_size, divisor=max(self.strides[-1] // 2, 16))
 
     def _propose(self, x: Tensor, condition: Tensor | None) -> tuple[list[Tensor], dict[str, Tensor]]:
         if condition is not None and condition.shape != (len(x), self.condition_channels):

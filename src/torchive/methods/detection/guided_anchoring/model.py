@@ -15,14 +15,15 @@ from torchive.methods.detection.guided_anchoring.proposals import GuidedProposal
 from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
 from torchive.nn.regions import RegionStage, decode_regions, image_of, region_loss, region_maps, sample_regions
-from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
+from torchive.nn.two_stage import TwoStage
+from torchive.ops.images import check_targets, image_sizes, scale_targets
 from torchive.structures import Detections
 
 #: Weights of the second stage's box code, the inverse of its standard deviations 0.05 and 0.1.
 REGION_CODE = (20.0, 20.0, 10.0, 10.0)
 
 
-class GuidedAnchoring(nn.Module):
+class GuidedAnchoring(TwoStage):
     """Faster R-CNN over a pyramid whose proposals come from guided anchors: images (N, C, H, W), or a list of
     (C, H, W), to proposals, their class scores and box offsets.
 
@@ -54,8 +55,6 @@ class GuidedAnchoring(nn.Module):
     Raises:
         ValueError: an argument outside the above; in ``losses``, targets without ``rotated`` for oriented anchors.
     """
-
-    task = "detection"
 
     def __init__(
         self,
@@ -193,11 +192,6 @@ class GuidedAnchoring(nn.Module):
             self.rpn(maps, everywhere=everywhere) if isinstance(self.rpn, GuidedProposals) else self.rpn(maps)
         )
         return raw
-
-    def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""
-        check_images(inputs, self.in_channels)
-        return batch_images(inputs, shorter=self.image_size, divisor=max(self.strides[-1] // 2, 16))
 
 
 def _scaled(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,11 @@ from torchive.methods.detection.guided_anchoring.masked import (
 )
 from torchive.nn.prior import init_classifier
 from torchive.nn.pyramid import Pyramid
-from torchive.nn.retinanet import decode_dense, dense_loss
-from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
-from torchive.structures import Detections
+from torchive.nn.retinanet import DenseDetector, dense_loss
+from torchive.ops.images import check_targets, image_sizes, scale_targets
 
 
-class GuidedRetinaNet(nn.Module):
+class GuidedRetinaNet(DenseDetector):
     """Images (N, C, H, W), or a list of (C, H, W), to class scores and box codes of one anchor at each of A positions.
 
     Boxes go in and come out in pixels of the images given.
@@ -47,8 +45,6 @@ class GuidedRetinaNet(nn.Module):
     Raises:
         ValueError: an argument outside the above.
     """
-
-    task = "detection"
 
     def __init__(
         self,
@@ -111,35 +107,6 @@ class GuidedRetinaNet(nn.Module):
         maps = self.backbone(x)
         raw = self._raw(maps, everywhere=True)
         return {**guided_dense_loss(raw, targets), **self.guide.losses(raw, maps, targets)}
-
-    def decode(
-        self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
-    ) -> list[Detections]:
-        """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
-        return decode_dense(raw, image_sizes, **options)
-
-    def predict(
-        self,
-        inputs: Tensor | Sequence[Tensor],
-        *,
-        score_threshold: float = 0.05,
-        candidates: int = 1000,
-        nms_threshold: float = 0.5,
-        max_detections: int = 100,
-    ) -> list[Detections]:
-        """One ``Detections`` per image, boxes in pixels of the image that went in."""
-        return self.decode(
-            self(inputs),
-            image_sizes(inputs),
-            score_threshold=score_threshold,
-            candidates=candidates,
-            nms_threshold=nms_threshold,
-            max_detections=max_detections,
-        )
-
-    def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        check_images(inputs, self.in_channels)
-        return batch_images(inputs, shorter=self.image_size)
 
     def _raw(self, maps: Sequence[Tensor], *, everywhere: bool = False) -> dict[str, Tensor]:
         found: dict[str, list[Tensor]] = {}

@@ -14,7 +14,7 @@ from torchive.methods.detection.guided_anchoring.anchors import Centre
 from torchive.methods.detection.guided_anchoring.assign import assign
 from torchive.methods.detection.guided_anchoring.guide import AnchorGuide, Matching, labels_of, position_rows
 from torchive.methods.detection.guided_anchoring.masked import LEFT_OUT, kept_positions, put_back, rows_through
-from torchive.nn.region_proposals import propose, rpn_loss
+from torchive.nn.region_proposals import TrainingProposals, propose, rpn_loss
 from torchive.ops.boxes import decode_boxes, encode_boxes
 from torchive.protocols import Level
 
@@ -24,7 +24,7 @@ CODE = (1 / 0.07, 1 / 0.07, 1 / 0.11, 1 / 0.11)
 SHAPE_STD = 0.14
 
 
-class GuidedProposals(nn.Module):
+class GuidedProposals(TrainingProposals, nn.Module):
     """Feature maps to one anchor at each position, its objectness and offsets, and these to proposals.
 
     It stands where ``torchive.nn.region_proposals.RegionProposals`` does. An anchor is positive from an overlap of 0.7
@@ -143,11 +143,6 @@ class GuidedProposals(nn.Module):
             after_nms=self.after_nms[0 if train else 1],
             min_size=self.min_proposal,
         )
-
-    def training_proposals(self, raw: dict[str, Tensor], maps: Sequence[Tensor], sizes: Tensor) -> list[Tensor]:
-        """Proposals (P, 4) of each image with which a second stage is trained, empty rows left out."""
-        boxes, scores = self.propose(raw, maps, sizes, train=True)
-        return [box[score >= 0] for box, score in zip(boxes, scores, strict=True)]
 
     def losses(
         self, raw: dict[str, Tensor], maps: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], sizes: Tensor

@@ -13,12 +13,13 @@ from torchive.methods.detection.tsd.pooling import Points
 from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
 from torchive.nn.regions import decode_regions, image_of, region_loss, region_maps, sample_regions
-from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
+from torchive.nn.two_stage import TwoStage
+from torchive.ops.images import check_targets, image_sizes, scale_targets
 from torchive.ops.roi import pool_regions
 from torchive.structures import Detections
 
 
-class TSD(nn.Module):
+class TSD(TwoStage):
     """Two-stage detector over a pyramid: images (N, C, H, W), or a list of (C, H, W), to proposals, the scores of
     their classes and the offsets of their boxes, each read at a place of its own.
 
@@ -46,8 +47,6 @@ class TSD(nn.Module):
     Raises:
         ValueError: an argument outside the above.
     """
-
-    task = "detection"
 
     def __init__(
         self,
@@ -186,8 +185,3 @@ class TSD(nn.Module):
             max_detections=max_detections,
             soft_sigma=soft_sigma,
         )
-
-    def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""
-        check_images(inputs, self.in_channels)
-        return batch_images(inputs, shorter=self.image_size, divisor=max(self.strides[-1] // 2, 16))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +18,15 @@ from torchive.nn.pixel_cross_entropy import PixelCrossEntropy
 from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
 from torchive.nn.regions import region_maps
-from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
+from torchive.nn.two_stage import DetectsInForward
+from torchive.ops.images import box_factors, check_targets, image_sizes, scale_targets
 from torchive.ops.masks import check_masks, paste_masks, semantic_targets
 from torchive.ops.roi import pool_regions
 from torchive.ops.suppression import fixed_detections
 from torchive.structures import Detections
 
-#: Thresholds of ``forward``, and so of an exported file; ``predict`` with others does not call it.
-DETECTED: dict[str, Any] = {"score_threshold": 0.001, "nms_threshold": 0.5, "max_detections": 100}
 
-
-class HTC(nn.Module):
+class HTC(DetectsInForward):
     """Instance segmentation by a cascade: images (N, C, H, W), or a list of (C, H, W), to boxes, scores and masks.
 
     Targets hold ``boxes``, ``labels`` and ``masks``, and may hold ``semantic`` (H, W), the class of every pixel: 0
@@ -64,7 +62,7 @@ class HTC(nn.Module):
         ValueError: an argument outside the above.
     """
 
-    task = "detection"
+    detected: ClassVar[dict[str, Any]] = {"score_threshold": 0.001, "nms_threshold": 0.5, "max_detections": 100}
 
     def __init__(
         self,
@@ -134,7 +132,7 @@ class HTC(nn.Module):
         (N, T, P, 4), ``boxes`` (N, D, 4), ``labels`` (N, D), ``scores`` (N, D), -1 where a row is empty, ``masks``
         (N, D, S, S) in [0, 1], ``sizes`` (N, 2), and ``semantic_logits`` (N, S, h, w) where there is the branch.
         """
-        return self._raw(inputs, **DETECTED)
+        return self._raw(inputs, **self.detected)
 
     def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """``loss_objectness``, ``loss_rpn_box_reg``, ``loss_semantic``, and of each stage ``loss_classifier``,
@@ -177,8 +175,7 @@ class HTC(nn.Module):
         rows = zip(*(raw[key] for key in ("boxes", "labels", "scores", "masks", "sizes")), image_sizes, strict=True)
         for box, label, score, mask, size, original in rows:
             there = score >= 0
-            scale = (size.new_tensor(original) / size)[[1, 0, 1, 0]]
-            box = box[there] * scale
+            box = box[there] * box_factors(size, original)
             pasted = paste_masks(mask[there], box, original, threshold=mask_threshold)
             found.append(Detections(box, label[there], score[there], pasted))
         return found
@@ -193,12 +190,9 @@ class HTC(nn.Module):
         mask_threshold: float = 0.5,
     ) -> list[Detections]:
         """One ``Detections`` with masks per image, in pixels of the image that went in."""
-        options = {
-            "score_threshold": score_threshold,
-            "nms_threshold": nms_threshold,
-            "max_detections": max_detections,
-        }
-        raw = self(inputs) if options == DETECTED else self._raw(inputs, **options)
+        raw = self._detect(
+            inputs, score_threshold=score_threshold, nms_threshold=nms_threshold, max_detections=max_detections
+        )
         return self.decode(raw, image_sizes(inputs), mask_threshold=mask_threshold)
 
     def _raw(self, inputs: Tensor | Sequence[Tensor], **options: Any) -> dict[str, Tensor]:
@@ -223,11 +217,6 @@ class HTC(nn.Module):
         )
         raw["sizes"] = sizes
         return raw
-
-    def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""
-        check_images(inputs, self.in_channels)
-        return batch_images(inputs, shorter=self.image_size, divisor=max(self.strides[-1] // 2, 16))
 
     def _features(self, x: Tensor) -> tuple[Features, dict[str, Tensor]]:
         """What regions are pooled from, and the raw outputs of the branches that read whole maps."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +15,16 @@ from torchive.nn.mask_head import MaskHead, detection_masks, mask_loss, mask_tar
 from torchive.nn.pixel_cross_entropy import PixelCrossEntropy
 from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
-from torchive.nn.regions import WEIGHTS, RegionStage, image_of, region_loss, sample_regions
-from torchive.ops.boxes import clip_boxes, decode_boxes
-from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
+from torchive.nn.regions import RegionStage, class_boxes, image_of, region_loss, sample_regions
+from torchive.nn.two_stage import DetectsInForward
+from torchive.ops.images import box_factors, check_targets, image_sizes, scale_targets
 from torchive.ops.masks import IGNORED, check_masks, paste_masks, semantic_targets
 from torchive.ops.panoptic import merge
 from torchive.ops.suppression import fixed_detections
 from torchive.structures import Detections
 
-#: Thresholds of ``forward``, and so of an exported file; ``predict`` with others does not call it.
-DETECTED: dict[str, Any] = {"score_threshold": 0.05, "nms_threshold": 0.5, "max_detections": 100}
 
-
-class PanopticFPN(nn.Module):
+class PanopticFPN(DetectsInForward):
     """Panoptic segmentation: images (N, C, H, W), or a list of (C, H, W), to instances, stuff and one map of both.
 
     Targets hold ``boxes``, ``labels`` and ``masks``, and may hold ``semantic`` (H, W): 0 background, 1 to K the things,
@@ -60,7 +57,7 @@ class PanopticFPN(nn.Module):
         ValueError: an argument outside the above.
     """
 
-    task = "detection"
+    detected: ClassVar[dict[str, Any]] = {"score_threshold": 0.05, "nms_threshold": 0.5, "max_detections": 100}
 
     def __init__(
         self,
@@ -138,7 +135,7 @@ class PanopticFPN(nn.Module):
         (N, P, 4 (K + 1)), ``boxes`` (N, D, 4), ``labels`` (N, D), ``scores`` (N, D), -1 where a row is empty,
         ``masks`` (N, D, S, S) in [0, 1], ``semantic_logits`` (N, 1 + stuff, h, w), and ``sizes`` (N, 2).
         """
-        return self._raw(inputs, **DETECTED)
+        return self._raw(inputs, **self.detected)
 
     def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """``loss_objectness``, ``loss_rpn_box_reg``, ``loss_classifier``, ``loss_box_reg``, ``loss_mask`` and
@@ -182,7 +179,7 @@ class PanopticFPN(nn.Module):
             *(raw[key] for key in keys), image_sizes, strict=True
         ):
             there = score >= 0
-            box = box[there] * (size.new_tensor(original) / size)[[1, 0, 1, 0]]
+            box = box[there] * box_factors(size, original)
             pasted = paste_masks(mask[there], box, original, threshold=mask_threshold)
             instances = Detections(box, label[there], score[there], pasted)
             whole = [side * self.finest for side in logits.shape[1:]]
@@ -217,12 +214,9 @@ class PanopticFPN(nn.Module):
 
         ``instance_threshold``, ``overlap`` and ``stuff_area`` are those of ``torchive.ops.panoptic.merge``.
         """
-        options = {
-            "score_threshold": score_threshold,
-            "nms_threshold": nms_threshold,
-            "max_detections": max_detections,
-        }
-        raw = self(inputs) if options == DETECTED else self._raw(inputs, **options)
+        raw = self._detect(
+            inputs, score_threshold=score_threshold, nms_threshold=nms_threshold, max_detections=max_detections
+        )
         return self.decode(
             raw,
             image_sizes(inputs),
@@ -240,20 +234,14 @@ class PanopticFPN(nn.Module):
         logits, deltas = self.roi_heads(used, self.strides[:-1], proposals.flatten(0, 1), image_of(proposals))
         raw["proposals"], raw["proposal_scores"] = proposals, sure
         raw["class_logits"], raw["box_deltas"] = logits.unflatten(0, (-1, count)), deltas.unflatten(0, (-1, count))
-        code = raw["box_deltas"].to(proposals.dtype).unflatten(2, (-1, 4))[:, :, 1:]
-        scores = raw["class_logits"].to(proposals.dtype).softmax(-1)[..., 1:]  # (N, P, K)
-        raw["boxes"], raw["labels"], raw["scores"] = fixed_detections(
-            clip_boxes(decode_boxes(code, proposals[:, :, None], WEIGHTS), sizes),
-            torch.where(sure[..., None] >= 0, scores, -1),
-            **options,
-        )
+        raw["sizes"] = sizes
+        raw["boxes"], raw["labels"], raw["scores"] = fixed_detections(*class_boxes(raw), **options)
         raw["masks"] = detection_masks(
             lambda boxes, image, labels: of_label(self.masks(used, self.strides[:-1], boxes, image), labels).sigmoid(),
             raw["boxes"],
             raw["labels"],
             raw["scores"],
         )
-        raw["sizes"] = sizes
         return raw
 
     def _classes(self, semantic: Tensor) -> Tensor:
@@ -268,11 +256,6 @@ class PanopticFPN(nn.Module):
                 f"semantic maps must hold 0 to {self.highest} and {IGNORED}, got {int(semantic[classes < 0][0])}"
             )
         return classes
-
-    def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""
-        check_images(inputs, self.in_channels)
-        return batch_images(inputs, shorter=self.image_size, divisor=max(self.strides[-1] // 2, 16))
 
     def _maps(self, x: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The pyramid's maps, and the raw outputs of the branches that read whole maps."""

@@ -1,0 +1,40 @@
+"""What two-stage detectors share: how images come in, and how thresholds go into what is exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from torchive.ops.images import batch_images, check_images
+
+
+class TwoStage(nn.Module):
+    """A detector that resizes and pads its images itself; it sets ``in_channels``, ``image_size`` and ``strides``."""
+
+    task = "detection"
+    in_channels: int
+    image_size: int | None
+    strides: tuple[int, ...]
+
+    def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""
+        check_images(inputs, self.in_channels)
+        return batch_images(inputs, shorter=self.image_size, divisor=max(self.strides[-1] // 2, 16))
+
+
+class DetectsInForward(TwoStage):
+    """A detector whose later branches read its detections, so that suppression is a part of ``forward``.
+
+    ``detected`` are the thresholds of ``forward``, and so of an exported file, by the names of ``fixed_detections``;
+    ``_raw`` gives the raw outputs under any.
+    """
+
+    detected: ClassVar[dict[str, Any]]
+    _raw: Callable[..., dict[str, Tensor]]
+
+    def _detect(self, inputs: Tensor | Sequence[Tensor], **options: Any) -> dict[str, Tensor]:
+        """Raw outputs under other thresholds; under its own by ``forward``, in whose place an exported file stands."""
+        raw: dict[str, Tensor] = self(inputs) if options == self.detected else self._raw(inputs, **options)
+        return raw
