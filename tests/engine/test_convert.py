@@ -177,6 +177,12 @@ def test_generators_modes_and_statistics_are_untouched() -> None:
     assert torch.equal(model.bn1.running_mean, mean)
 
 
+def test_a_network_of_one_size_is_tried_at_that_size() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32)
+    assert len(convert(model, "rezero").changes) == 24
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+
+
 def test_a_second_conversion_finds_nothing_left() -> None:
     model = timm.create_model("resnet10t")
     convert(model, "dynamic_relu")
@@ -193,7 +199,7 @@ def test_errors_name_what_is_there_and_leave_the_network_alone() -> None:
         convert(model, "dynamic_relu", pieces=0)
     with pytest.raises(ConversionError, match="VisionTransformer has none"):
         convert(timm.create_model("vit_tiny_patch16_224"), "dynamic_relu")
-    with pytest.raises(ValueError, match="pass example="):
+    with pytest.raises(ConversionError, match="pass example="):
         convert(nn.Sequential(nn.Bilinear(3, 4, 5), nn.ReLU()), "dynamic_relu")
     with pytest.raises(KeyError, match="did you mean dynamic_relu"):
         convert(model, "dynamic_rellu")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from torchive.engine.conversion import ConversionError
 from torchive.nn.passes import as_inputs, trial_pass
 
 
@@ -122,7 +123,7 @@ def trace_calls(model: nn.Module, example: Any = None) -> Trace:
     """Run the network once, in eval mode and without gradients, and note every call; nothing in it changes.
 
     Raises:
-        ValueError: no example runs; the message holds the first error.
+        ConversionError: no example runs; the message holds the first error.
     """
     return observe(model, lambda candidate: _Recorder(Trace(candidate), model), example).trace
 
@@ -151,7 +152,7 @@ def observe(model: nn.Module, recorder_for: Callable[[Any], _R], example: Any = 
         The recorder of the pass that ran.
 
     Raises:
-        ValueError: no example runs; the message holds the first error.
+        ConversionError: no example runs; the message holds the first error.
     """
     first: Exception | None = None
     for candidate in [example] if example is not None else examples_of(model):
@@ -170,7 +171,7 @@ def observe(model: nn.Module, recorder_for: Callable[[Any], _R], example: Any = 
             return recorder
         except Exception as error:
             first = first or error
-    raise ValueError(
+    raise ConversionError(
         f"no example input runs through {type(model).__name__}; pass example=. First error: {first}"
     ) from first
 
@@ -189,8 +190,7 @@ def examples_of(model: nn.Module) -> Iterator[Any]:
         return
     channels, ndim = stem.in_channels, stem.weight.ndim - 2
     config: Any = getattr(model, "pretrained_cfg", None) or {}
-    fixed = getattr(model, "image_size", None) or (config.get("input_size", (0, 0, 0))[-1] if config else 0)
-    sizes = [64, 96, 128, 224, fixed if isinstance(fixed, int) else 0, 299]
+    sizes = [64, 96, 128, 224, *_own_sizes(model), config.get("input_size", (0,))[-1], 299]
     if ndim == 1:
         yield torch.zeros(1, channels, 64, **like)
         yield torch.zeros(1, channels, 16000, **like)
@@ -200,6 +200,16 @@ def examples_of(model: nn.Module) -> Iterator[Any]:
     for size in dict.fromkeys(s for s in sizes if s):
         yield torch.zeros(1, channels, size, size, **like)
     yield [torch.zeros(channels, 128, 128, **like)]
+
+
+def _own_sizes(model: nn.Module) -> Iterator[int]:
+    """Sides of square images that a network, or its patch embedding, says that it is made for."""
+    for module in model.modules():
+        for name in ("image_size", "img_size"):
+            size = getattr(module, name, None)
+            sides = size if isinstance(size, tuple | list) else (size,)
+            if isinstance(sides[0], int) and not isinstance(sides[0], bool) and len(set(sides)) == 1:
+                yield sides[0]
 
 
 class _Children(fx.Tracer):
