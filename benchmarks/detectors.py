@@ -1,11 +1,13 @@
 """Detectors: against torchvision's on the same backbone, their own decoding, and how the cost grows with the boxes.
 
-    python benchmarks/detectors.py [--parts against methods boxes] [--rounds 15] [--only yolov3 ...]
+    python benchmarks/detectors.py [--parts against methods boxes claims] [--rounds 15] [--only yolov3 ...]
 
 ``against``: training step and prediction at batch 1 and 8, ours over torchvision's, both on one feature network, 320
 pixels (SSD: 300), 20 classes. ``methods``: the same times of every detector that is built, ResNet-18, 256
 pixels, three classes, and the share of decoding in a prediction with 1,000 candidates. ``boxes``: a training step over
-the number of boxes in an image. Medians of rounds in which the sides take turns; with one thread the processor's time.
+the number of boxes in an image. ``claims``: what two papers say of their speed, a prediction of one image: CondInst
+over torchvision's Mask R-CNN, both with 100 objects, and YOLOv3 over SSD. Medians of rounds in which the sides take
+turns; with one thread the processor's time.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN as TheirFasterRCNN
+from torchvision.models.detection import MaskRCNN as TheirMaskRCNN
 from torchvision.models.detection import RetinaNet as TheirRetinaNet
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -30,7 +33,7 @@ from torchive.catalogue import card_names, get_card
 from torchive.nn.retinanet import RetinaNet
 
 Targets = list[dict[str, Tensor]]
-PARTS = ("against", "methods", "boxes")
+PARTS = ("against", "methods", "boxes", "claims")
 COUNTS = (0, 1, 10, 100, 1000, 5000)
 
 
@@ -89,7 +92,7 @@ def predictor(model: nn.Module, images: list[Tensor]) -> Callable[[], None]:
     return predict
 
 
-def timed(runs: Sequence[Callable[[], None]], rounds: int) -> list[list[float]]:
+def timed(runs: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
     """Milliseconds of each, taking turns; the first two rounds fill caches."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: list[list[float]] = [[] for _ in runs]
@@ -227,6 +230,61 @@ def boxes(rounds: int, only: Sequence[str]) -> None:
         print(f"{name:20} {cells}", flush=True)
 
 
+def claims(rounds: int, only: Sequence[str]) -> None:
+    """Predictions of one image: CondInst over Mask R-CNN (arXiv:2003.05664), YOLOv3 over SSD (arXiv:1804.02767)."""
+
+    def mask_rcnn() -> nn.Module:
+        inner = torchive.create_model("faster_rcnn", backbone="torchvision/resnet50", num_classes=80).backbone
+        options: dict[str, Any] = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3, "min_size": 320, "max_size": 480}
+        anchors = AnchorGenerator(tuple((32 * 2**k,) for k in range(5)), ((0.5, 1.0, 2.0),) * 5)
+        pools = {
+            name: MultiScaleRoIAlign([str(k) for k in range(4)], size, 2)
+            for name, size in (("box_roi_pool", 7), ("mask_roi_pool", 14))
+        }
+        return TheirMaskRCNN(
+            Named(inner), 81, rpn_anchor_generator=anchors, box_score_thresh=0.0, **pools, **options
+        ).eval()
+
+    def condinst() -> Any:
+        return torchive.create_model("condinst", backbone="torchvision/resnet50", num_classes=80).eval()
+
+    def yolo(side: int) -> Any:
+        return torchive.create_model("yolov3", image_size=side).eval()
+
+    def ssd(backbone: str, side: int) -> Any:
+        return torchive.create_model("ssd", backbone=backbone, image_size=side, num_classes=80).eval()
+
+    rows: list[tuple[str, Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, int], dict[str, Any]]] = [
+        ("condinst / Mask R-CNN", condinst, mask_rcnn, (320, 480), {"score_threshold": 0.0, "max_detections": 100}),
+        ("yolov3 / SSD, ResNet-101", lambda: yolo(320), lambda: ssd("timm/resnet101", 320), (320, 320), {}),
+        ("yolov3 / SSD, VGG-16", lambda: yolo(320), lambda: ssd("vgg16", 300), (320, 320), {}),
+    ]
+    for name, first, second, size, options in rows:
+        if only and not any(word in name for word in only):
+            continue
+        torch.manual_seed(0)
+        ours, theirs = first(), second()
+        image = [torch.rand(3, *size)]
+
+        def predict(model: Any = ours, image: Any = image, options: Any = options) -> int:
+            with torch.inference_mode():
+                return len(model.predict(image, **options)[0])
+
+        def other(model: Any = theirs, image: Any = image) -> int:
+            with torch.inference_mode():
+                found = model.predict(image) if hasattr(model, "predict") else model(image)
+                return len(found[0]["scores"] if isinstance(found[0], dict) else found[0])
+
+        counts = predict(), other()
+        mine, others = timed([predict, other], rounds)
+        each = [a / b for a, b in zip(mine, others, strict=True)]
+        print(
+            f"{name:26} {median(mine):7.1f} ms over {median(others):7.1f} ms, "
+            f"ratio {median(mine) / median(others):.2f} [{min(each):.2f}, {max(each):.2f}], {counts[0]} and {counts[1]} objects",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -236,7 +294,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for part in a.parts:
         print(f"== {part}")
-        {"against": against, "methods": methods, "boxes": boxes}[part](a.rounds, a.only)
+        {"against": against, "methods": methods, "boxes": boxes, "claims": claims}[part](a.rounds, a.only)
 
 
 if __name__ == "__main__":
