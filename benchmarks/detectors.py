@@ -280,7 +280,8 @@ def claims(rounds: int, only: Sequence[str]) -> None:
         each = [a / b for a, b in zip(mine, others, strict=True)]
         print(
             f"{name:26} {median(mine):7.1f} ms over {median(others):7.1f} ms, "
-            f"ratio {median(mine) / median(others):.2f} [{min(each):.2f}, {max(each):.2f}], {counts[0]} and {counts[1]} objects",
+            f"ratio {median(mine) / median(others):.2f} [{min(each):.2f}, {max(each):.2f}], "
+            f"{counts[0]} and {counts[1]} objects",
             flush=True,
         )
 
