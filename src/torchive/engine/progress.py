@@ -53,10 +53,10 @@ class Progress:
         place = f"{step}/{self.total}" if self.seconds is None else f"{elapsed:.0f}/{self.seconds:.0f} s"
         if self.bar is not None:
             done = step if self.seconds is None else elapsed
-            self.bar.update(self.task, completed=done, place=place, loss=f"{loss:.4f}", speed=f"{speed:.0f}")
+            self.bar.update(self.task, completed=done, place=place, loss=f"{loss:.4f}", speed=_rate(speed))
         elif self.lines is not None and time.monotonic() >= self.next:
             self.next = time.monotonic() + 10
-            self.lines.print(f"{self.title}  {place}  loss {loss:.4f}  {speed:.0f} samples/s", highlight=False)
+            self.lines.print(f"{self.title}  {place}  loss {loss:.4f}  {_rate(speed)} samples/s", highlight=False)
 
     def scored(self, name: str, value: float) -> None:
         """Show the latest figure on the validation split."""
@@ -73,3 +73,8 @@ class Progress:
         """Leave the bar as it stands."""
         if self.bar is not None:
             self.bar.stop()
+
+
+def _rate(speed: float) -> str:
+    """Samples a second, with a decimal where there are few."""
+    return f"{speed:.0f}" if speed >= 10 else f"{speed:.1f}"
