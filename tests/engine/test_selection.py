@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from torchive.data import Loader
 from torchive.data.drawing import epoch_order
+from torchive.data.files import FileSamples
+from torchive.data.readers.coco import read_coco
 from torchive.engine import build
 from torchive.engine.build import build_model, build_optimizer, fill_recipe, open_split
 from torchive.engine.evaluate import evaluate
@@ -349,3 +351,23 @@ def test_some_images_keep_their_boxes_and_the_others_say_what_they_show() -> Non
         load_recipe("trees_ssd", ["data.boxed=0"])
     with pytest.raises(RecipeError, match=r"data\.boxed is for detection"):
         open_split(load_recipe("solar", ["data.boxed=0.5"]), "train")
+
+
+def test_objects_without_a_mask_among_others_are_told(tmp_path: Path) -> None:
+    for lacking in (0, 1, 2):
+        shapes = [{} if k < lacking else {"segmentation": [[2, 3, 11, 3, 11, 11]]} for k in range(2)]
+        content = {
+            "images": [{"id": 0, "file_name": "0.png", "width": 40, "height": 30}],
+            "annotations": [
+                {"id": 4 + k, "image_id": 0, "category_id": 1, "bbox": [2, 3, 9, 8], **shape}
+                for k, shape in enumerate(shapes)
+            ],
+            "categories": [{"id": 1, "name": "nut"}],
+        }
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        index = read_coco(tmp_path / "a.json", tmp_path)
+        assert index.masks == (lacking == 0)
+        lines = counts_in_words(FileSamples("nuts", index, index.records, []))
+        assert len(lines) == 1 + (lacking == 1)
+        if lacking == 1:
+            assert "1 of 2 objects have no segmentation (annotation 4 first)" in lines[1]

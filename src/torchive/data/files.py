@@ -27,7 +27,7 @@ class FileSamples:
         self.name, self.task, self.classes = source, index.task, index.classes
         self.origin = source
         self.records, self.masks, self.landmarks = tuple(records), index.masks, index.channels
-        self.left_out = tuple(left_out)
+        self.left_out, self.notes = tuple(left_out), tuple(index.notes)
         self.ids = tuple(record.id for record in records)
 
     @property

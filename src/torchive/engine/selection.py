@@ -24,9 +24,9 @@ def class_counts(samples: SampleSet) -> list[int]:
 
 
 def counts_in_words(samples: SampleSet, *, most: int = 12) -> list[str]:
-    """What is trained on, for people: classes and their sizes, the largest first, and a warning of classes without any.
+    """What is trained on, for people: classes and their sizes, the largest first, and warnings.
 
-    No sample is read for it: of a set that cannot tell its labels otherwise only the names are given.
+    They tell classes without any, and what the data's reader noticed. No sample is read for it: of a set that cannot tell its labels otherwise only the names are given.
     """
     what = "objects" if samples.task == "detection" else "samples"
     head = f"{samples.name}: {len(samples)} training samples, {len(samples.classes)} classes"
@@ -40,7 +40,7 @@ def counts_in_words(samples: SampleSet, *, most: int = 12) -> list[str]:
     none = [name for name, count in zip(samples.classes, counts, strict=True) if not count]
     if none:
         lines.append(f"warning: {_listed(none, most)}: no {what[:-1]} to train on")
-    return lines
+    return lines + [f"warning: {note}" for note in getattr(samples, "notes", ())]
 
 
 def _listed(words: list[str], most: int) -> str:

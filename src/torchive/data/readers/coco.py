@@ -40,8 +40,14 @@ def read_coco(annotations: Path, images: Path) -> Index:
         found = _object(position, entry, entries, number, ids, annotations, index)
         if found:
             objects[found[0]].append(found[1:])
-    given = [entry[3] is not None for listed in objects.values() for entry in listed if not entry[2]]
-    index.masks = bool(given) and all(given)
+    lacking = [entry[4] for listed in objects.values() for entry in listed if not entry[2] and entry[3] is None]
+    whole = sum(not entry[2] for listed in objects.values() for entry in listed)
+    index.masks = whole > len(lacking) == 0
+    if 0 < len(lacking) < whole:
+        index.notes.append(
+            f"{annotations}: {len(lacking)} of {whole} objects have no segmentation ({lacking[0]} first), so that the "
+            "data count as boxes without masks"
+        )
     seen: set[str] = set()
     for key, entry in entries.items():
         columns = list(zip(*objects[key], strict=True)) or [()] * 5

@@ -54,7 +54,11 @@ class Record:
 
 @dataclass
 class Index:
-    """Everything of one source. ``files`` are the annotation files read, ``channels`` the landmarks of all classes."""
+    """Everything of one source.
+
+    ``files`` are the annotation files read, ``channels`` the landmarks of all classes, ``notes`` what is no fault but
+    should be known before a training.
+    """
 
     task: str
     classes: tuple[str, ...] = ()
@@ -63,6 +67,7 @@ class Index:
     files: list[Path] = field(default_factory=list)
     masks: bool = False
     channels: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def fault(self, file: Path | str, line: int | None, kind: str, message: str, sample: str | None = None) -> None:
         """Note a fault."""
