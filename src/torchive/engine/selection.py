@@ -26,7 +26,8 @@ def class_counts(samples: SampleSet) -> list[int]:
 def counts_in_words(samples: SampleSet, *, most: int = 12) -> list[str]:
     """What is trained on, for people: classes and their sizes, the largest first, and warnings.
 
-    They tell classes without any, and what the data's reader noticed. No sample is read for it: of a set that cannot tell its labels otherwise only the names are given.
+    They tell classes without any, and what the data's reader noticed. No sample is read for it: of a set that cannot
+    tell its labels otherwise only the names are given.
     """
     what = "objects" if samples.task == "detection" else "samples"
     head = f"{samples.name}: {len(samples)} training samples, {len(samples.classes)} classes"
