@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torchvision.ops import ps_roi_align
+from torchvision.ops import ps_roi_align, roi_align
 
-from torchive.ops.roi import pool_moved_regions, pool_position_sensitive, pool_regions, position_sensitive_plain
+from torchive.ops.roi import (
+    pool_moved_regions,
+    pool_position_sensitive,
+    pool_regions,
+    position_sensitive_plain,
+    pyramid_level,
+)
 
 STRIDES = (4, 8, 16)
 
@@ -23,21 +29,54 @@ def some_boxes(count: int, *, largest: float = 200) -> tuple[Tensor, Tensor]:
     return torch.cat([corner, corner + side], 1), torch.arange(count) % 2
 
 
+def operator(maps: list[Tensor], boxes: Tensor, image: Tensor, *, samples: int = 2) -> Tensor:
+    """torchvision's RoIAlign of each box on its own level."""
+    regions = torch.cat([image[:, None].to(boxes), boxes], 1)
+    level = pyramid_level(boxes, STRIDES[: len(maps)]) if len(maps) > 1 else torch.zeros_like(image)
+    one_by_one = [roi_align(maps[k], regions[r : r + 1], 7, 1 / STRIDES[k], samples) for r, k in enumerate(level)]
+    return torch.cat(one_by_one)
+
+
 @pytest.mark.parametrize("samples", [1, 2, 4])
 @pytest.mark.parametrize("levels", [1, 3])
 def test_bins_that_stay_give_roi_align(samples: int, levels: int) -> None:
     maps, (boxes, image) = pyramid(2, 5)[:levels], some_boxes(40)
+    expected = operator(maps, boxes, image, samples=samples)
     for shape in ((40, 2, 7, 7), (40, 2, 1, 1)):
         got = pool_moved_regions(maps, STRIDES[:levels], boxes, image, boxes.new_zeros(shape), samples=samples)
-        expected = pool_regions(maps, STRIDES[:levels], boxes, image, sampling_ratio=samples)
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pooling_and_its_gradients_are_the_operators(levels: int, layout: torch.memory_format) -> None:
+    """No gradient reaches the boxes, as none does through the operator."""
+    maps, (boxes, image) = pyramid(2, 5)[:levels], some_boxes(40, largest=500)
+    maps = [m.contiguous(memory_format=layout).requires_grad_() for m in maps]
+    got = pool_regions(maps, STRIDES[:levels], boxes.requires_grad_(), image)
+    expected = operator(maps, boxes.detach(), image)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    weight = torch.randn_like(expected)
+    *ours, none = torch.autograd.grad((got * weight).sum(), [*maps, boxes], allow_unused=True)
+    theirs = torch.autograd.grad((expected * weight).sum(), maps)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert none is None
+    half = pool_regions([m.detach().bfloat16() for m in maps], STRIDES[:levels], boxes.detach(), image)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), expected.detach(), rtol=0.02, atol=0.02)
 
 
 def test_a_moved_box_is_the_box_at_its_new_place() -> None:
     maps, (boxes, image) = pyramid(2, 5), some_boxes(40)
     shift = torch.randn(40, 2, dtype=torch.double) * 20
     got = pool_moved_regions(maps, STRIDES, boxes, image, shift[..., None, None])
-    expected = pool_regions(maps, STRIDES, boxes + shift.repeat(1, 2), image, level_of=boxes)
+    level, moved = pyramid_level(boxes, STRIDES), boxes + shift.repeat(1, 2)
+    regions = torch.cat([image[:, None].double(), moved], 1)
+    expected = torch.cat([roi_align(maps[k], regions[r : r + 1], 7, 1 / STRIDES[k], 2) for r, k in enumerate(level)])
+    torch.testing.assert_close(
+        pool_regions(maps, STRIDES, moved, image, level_of=boxes), expected, rtol=1e-10, atol=1e-10
+    )
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 

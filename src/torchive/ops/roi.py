@@ -35,9 +35,12 @@ def pool_regions(
 ) -> Tensor:
     """RoIAlign of boxes (R, 4) in pixels of the images ``image`` (R,), each from its pyramid level: (R, C, size, size).
 
-    While compiling or exporting each box is pooled from each level and the right one is taken, which keeps all shapes
-    fixed. ``level_of`` (R, 4) are boxes whose size chooses the level instead.
+    torchvision's operator; on the CPU the same as sums of a map's rows, which take a fraction of its time. While
+    compiling or exporting each box is pooled from each level and the right one is taken, which keeps all shapes fixed.
+    ``level_of`` (R, 4) are boxes whose size chooses the level instead.
     """
+    if maps[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        return _pool(maps, strides, boxes.detach(), image, size=size, samples=sampling_ratio, level_of=level_of)
     regions = _operand(boxes, image).to(maps[0].dtype)  # (R, 5)
     if len(maps) == 1:
         return roi_align(maps[0], regions, size, 1 / strides[0], sampling_ratio)
@@ -77,25 +80,44 @@ def pool_moved_regions(
         size: bins along each side.
         samples: points along each side of a bin.
     """
+    return _pool(maps, strides, boxes, image, offsets, size=size, samples=samples)
+
+
+def _pool(
+    maps: Sequence[Tensor],
+    strides: Sequence[int],
+    boxes: Tensor,
+    image: Tensor,
+    offsets: Tensor | None = None,
+    *,
+    size: int,
+    samples: int,
+    level_of: Tensor | None = None,
+) -> Tensor:
     kind = torch.promote_types(maps[0].dtype, torch.float32)
     images = maps[0].shape[0]
-    level = pyramid_level(boxes, strides) if len(maps) > 1 else torch.zeros_like(image)
-    table, start = [], 0
+    level = torch.zeros_like(image)
+    if len(maps) > 1:
+        level = pyramid_level(boxes if level_of is None else level_of, strides)
+    places, start = [], 0
     for x in maps:
-        table.append([x.shape[2], x.shape[3], start])
+        places.append([x.shape[2], x.shape[3], start])
         start += images * x.shape[2] * x.shape[3]
-    place = torch.tensor(table, device=boxes.device, dtype=torch.int32)[level].view(-1, 3, 1, 1, 1, 1)
+    place = torch.tensor(places, device=boxes.device, dtype=torch.int32)[level].view(-1, 3, 1, 1, 1, 1)
     height, width, first = place.unbind(1)  # (R, 1, 1, 1, 1) each
     stride = torch.tensor(strides, device=boxes.device, dtype=kind)[level][:, None]
     corner = boxes[:, :2].to(kind) / stride
     side = ((boxes[:, 2:] - boxes[:, :2]).to(kind) / stride).clamp(min=1)  # as RoIAlign's
     at_y, at_x = _grid(corner, side, size, samples)
-    moved = offsets.to(kind) / stride[:, :, None, None]  # (R, 2, size or 1, size or 1)
-    at_x, at_y = torch.broadcast_tensors(at_x + moved[:, 0, ..., None, None], at_y + moved[:, 1, ..., None, None])
+    if offsets is not None:
+        moved = offsets.to(kind) / stride[:, :, None, None]  # (R, 2, size or 1, size or 1)
+        at_x, at_y = at_x + moved[:, 0, ..., None, None], at_y + moved[:, 1, ..., None, None]
+    at_x, at_y = torch.broadcast_tensors(at_x, at_y)
     index, share = _bilinear(at_y, at_x, height, width)
     index = index + (first + image.view(-1, 1, 1, 1, 1) * height * width).flatten(1)[:, :, None, None]
-    rows = torch.cat([rows_of(x.to(kind)) for x in maps])
-    pooled = weighted_rows(rows, index.flatten(0, 2), share.flatten(0, 2))  # (R size size, C)
+    rows = [rows_of(x.to(kind)) for x in maps]
+    table = torch.cat(rows) if len(rows) > 1 else rows[0]
+    pooled = weighted_rows(table, index.flatten(0, 2), share.flatten(0, 2))  # (R size size, C)
     return pooled.view(-1, size, size, pooled.shape[1]).permute(0, 3, 1, 2).to(maps[0].dtype)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torchive.ops.sampling import corners, weighted_rows
+from torchive.ops.sampling import corners, rows_of, weighted_rows
 
 Points = Literal["centres", "release"]
 
@@ -100,8 +100,7 @@ def _rows(x: Tensor, image: Tensor, index: Tensor, channels: int, size: int) -> 
     group = torch.arange(groups, device=x.device, dtype=index.dtype).view(-1, 1, 1, 1)
     index = index + (image * cells).view(-1, 1, 1, 1, 1)
     if not size:
-        rows = x.permute(0, 2, 3, 1).reshape(-1, channels // groups)
-        return rows, index * groups + group
+        return rows_of(x, groups), index * groups + group
     maps = x.unflatten(1, (groups, channels // groups, size**2)).permute(0, 4, 5, 3, 1, 2)  # (N, H, W, bin, K, C / K)
     place = torch.arange(size**2, device=x.device, dtype=index.dtype).view(size, size, 1)
     return maps.reshape(-1, channels // groups), (index * size**2 + place) * groups + group
