@@ -53,6 +53,7 @@ class BlazeFace(nn.Module):
     """
 
     task = "detection"
+    anchors: Tensor
 
     def __init__(
         self,
@@ -102,6 +103,8 @@ class BlazeFace(nn.Module):
             self.register_buffer(
                 f"shapes{k}", torch.tensor([[s, s] for s in side], dtype=torch.float32), persistent=False
             )
+        self.grids = [(-(-image_size // stride),) * 2 for stride in self.strides]
+        self.register_buffer("anchors", self._anchors(self.grids), persistent=False)  # of the size that it is made for
         self.num_classes, self.in_channels, self.image_size = num_classes, in_channels, image_size
         self.keypoints, self.iou_threshold, self.mining_ratio, self.loss = keypoints, iou_threshold, mining_ratio, loss
         width = 4 + 2 * keypoints
@@ -130,13 +133,18 @@ class BlazeFace(nn.Module):
         maps = [maps[k] for k in self.kept]
         for block in self.extra:
             maps.append(block(maps[-1]))
-        shapes = [getattr(self, f"shapes{k}") for k in range(len(maps))]
+        grids = [(m.shape[2], m.shape[3]) for m in maps]
+        # halves do not hold pixel numbers, and a graph must follow its image
+        usual = not torch.compiler.is_compiling() and grids == self.grids and self.anchors.itemsize >= 4
         return {
             "logits": _rows(self.classifiers, maps, self.num_classes),
             "deltas": _rows(self.regressors, maps, 4 + 2 * self.keypoints),
-            "anchors": centred_anchors([(m.shape[2], m.shape[3]) for m in maps], self.strides, shapes),
+            "anchors": self.anchors if usual else self._anchors(grids),
             "canvas": torch.tensor([x.shape[2], x.shape[3]], device=x.device),
         }
+
+    def _anchors(self, grids: Sequence[Sequence[int]]) -> Tensor:
+        return centred_anchors(grids, self.strides, [getattr(self, f"shapes{k}") for k in range(len(grids))])
 
     def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """``classification``, ``localisation`` and ``keypoints``, over the number of matched anchors of the batch.
