@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+#: Rounds after which so many objects want the same default boxes that sorting all their wishes once is cheaper.
+_CROWDED = 8
 
 
 def match_default_boxes(iou: Tensor, threshold: float = 0.5) -> Tensor:
@@ -24,8 +28,16 @@ def match_default_boxes(iou: Tensor, threshold: float = 0.5) -> Tensor:
     free = iou.clone()
     owner = torch.full((boxes,), -1, dtype=torch.int64, device=iou.device)
     waiting = torch.arange(objects, device=iou.device)
+    rounds, place, ranked = 0, torch.zeros_like(waiting), None
     while len(waiting):
-        value, wish = free[waiting].max(1)
+        if rounds == _CROWDED:  # from here each object goes down its list, whose end is worth nothing
+            ranked = F.pad(free, (0, 1), value=-1).sort(dim=1, descending=True, stable=True)
+        rounds += 1
+        if ranked is None:
+            value, wish = free[waiting].max(1)
+        else:
+            value, wish = (part[waiting, place[waiting]] for part in ranked)
+            place[waiting] += 1
         waiting, wish = waiting[value > 0], wish[value > 0]
         if not len(waiting):
             break
