@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Rounds after which so many objects want the same default boxes that sorting all their wishes once is cheaper.
-_CROWDED = 8
+#: Wishes looked for per object until sorting them all, which costs about as much, is the safer way on.
+_CROWDED = 10
 
 
 def match_default_boxes(iou: Tensor, threshold: float = 0.5) -> Tensor:
@@ -28,11 +28,12 @@ def match_default_boxes(iou: Tensor, threshold: float = 0.5) -> Tensor:
     free = iou.clone()
     owner = torch.full((boxes,), -1, dtype=torch.int64, device=iou.device)
     waiting = torch.arange(objects, device=iou.device)
-    rounds, place, ranked = 0, torch.zeros_like(waiting), None
+    sought, place, ranked = 0, torch.zeros_like(waiting), None
     while len(waiting):
-        if rounds == _CROWDED:  # from here each object goes down its list, whose end is worth nothing
+        sought += len(waiting)
+        if ranked is None and sought > _CROWDED * objects:
+            # each object now goes down its list, whose end is worth nothing
             ranked = F.pad(free, (0, 1), value=-1).sort(dim=1, descending=True, stable=True)
-        rounds += 1
         if ranked is None:
             value, wish = free[waiting].max(1)
         else:
