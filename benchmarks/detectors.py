@@ -248,16 +248,16 @@ def claims(rounds: int, only: Sequence[str]) -> None:
     def condinst() -> Any:
         return torchive.create_model("condinst", backbone="torchvision/resnet50", num_classes=80).eval()
 
-    def yolo(side: int) -> Any:
-        return torchive.create_model("yolov3", image_size=side).eval()
+    def yolo() -> Any:
+        return torchive.create_model("yolov3", image_size=320).eval()
 
     def ssd(backbone: str, side: int) -> Any:
         return torchive.create_model("ssd", backbone=backbone, image_size=side, num_classes=80).eval()
 
     rows: list[tuple[str, Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, int], dict[str, Any]]] = [
         ("condinst / Mask R-CNN", condinst, mask_rcnn, (320, 480), {"score_threshold": 0.0, "max_detections": 100}),
-        ("yolov3 / SSD, ResNet-101", lambda: yolo(320), lambda: ssd("timm/resnet101", 320), (320, 320), {}),
-        ("yolov3 / SSD, VGG-16", lambda: yolo(320), lambda: ssd("vgg16", 300), (320, 320), {}),
+        ("yolov3 / SSD, ResNet-101", yolo, lambda: ssd("timm/resnet101", 320), (320, 320), {}),
+        ("yolov3 / SSD, VGG-16", yolo, lambda: ssd("vgg16", 300), (320, 320), {}),
     ]
     for name, first, second, size, options in rows:
         if only and not any(word in name for word in only):

@@ -29,10 +29,16 @@ def some_boxes(count: int, *, largest: float = 200) -> tuple[Tensor, Tensor]:
     return torch.cat([corner, corner + side], 1), torch.arange(count) % 2
 
 
-def operator(maps: list[Tensor], boxes: Tensor, image: Tensor, *, samples: int = 2) -> Tensor:
-    """torchvision's RoIAlign of each box on its own level."""
+def operator(
+    maps: list[Tensor], boxes: Tensor, image: Tensor, *, samples: int = 2, level_of: Tensor | None = None
+) -> Tensor:
+    """torchvision's RoIAlign of each box on its own level, or on that of the box in ``level_of``."""
     regions = torch.cat([image[:, None].to(boxes), boxes], 1)
-    level = pyramid_level(boxes, STRIDES[: len(maps)]) if len(maps) > 1 else torch.zeros_like(image)
+    level = (
+        pyramid_level(boxes if level_of is None else level_of, STRIDES[: len(maps)])
+        if len(maps) > 1
+        else torch.zeros_like(image)
+    )
     one_by_one = [roi_align(maps[k], regions[r : r + 1], 7, 1 / STRIDES[k], samples) for r, k in enumerate(level)]
     return torch.cat(one_by_one)
 
@@ -71,9 +77,8 @@ def test_a_moved_box_is_the_box_at_its_new_place() -> None:
     maps, (boxes, image) = pyramid(2, 5), some_boxes(40)
     shift = torch.randn(40, 2, dtype=torch.double) * 20
     got = pool_moved_regions(maps, STRIDES, boxes, image, shift[..., None, None])
-    level, moved = pyramid_level(boxes, STRIDES), boxes + shift.repeat(1, 2)
-    regions = torch.cat([image[:, None].double(), moved], 1)
-    expected = torch.cat([roi_align(maps[k], regions[r : r + 1], 7, 1 / STRIDES[k], 2) for r, k in enumerate(level)])
+    moved = boxes + shift.repeat(1, 2)
+    expected = operator(maps, moved, image, level_of=boxes)
     torch.testing.assert_close(
         pool_regions(maps, STRIDES, moved, image, level_of=boxes), expected, rtol=1e-10, atol=1e-10
     )

@@ -40,13 +40,13 @@ def read_coco(annotations: Path, images: Path) -> Index:
         found = _object(position, entry, entries, number, ids, annotations, index)
         if found:
             objects[found[0]].append(found[1:])
-    lacking = [entry[4] for listed in objects.values() for entry in listed if not entry[2] and entry[3] is None]
-    whole = sum(not entry[2] for listed in objects.values() for entry in listed)
-    index.masks = whole > len(lacking) == 0
-    if 0 < len(lacking) < whole:
+    whole = [entry for listed in objects.values() for entry in listed if not entry[2]]  # crowds apart
+    lacking = [entry[4] for entry in whole if entry[3] is None]
+    index.masks = bool(whole) and not lacking
+    if 0 < len(lacking) < len(whole):
         index.notes.append(
-            f"{annotations}: {len(lacking)} of {whole} objects have no segmentation ({lacking[0]} first), so that the "
-            "data count as boxes without masks"
+            f"{annotations}: {len(lacking)} of {len(whole)} objects have no segmentation ({lacking[0]} first), so that "
+            "the data count as boxes without masks"
         )
     seen: set[str] = set()
     for key, entry in entries.items():
