@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   torchive predict runs/mine 'photos/*.jpg' --out predictions
   torchive export runs/mine --int8                 ONNX, checked and scored
 """
+_DATA = "a sample set, or folder:, csv:, coco:, panoptic:, voc:, masks:, deepfashion2:, or a path"
 
 
 def _list(a: argparse.Namespace) -> int:
@@ -233,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb("train", _train, "train a recipe, resuming what was stopped")
     p.add_argument("recipe", help="a recipe's name or file, or the name of a method that is a model")
-    p.add_argument("--data", help="a sample set, or folder:, csv:, coco:, voc:, masks:, deepfashion2:, or a path")
+    p.add_argument("--data", help=_DATA)
     p.add_argument("--out", help="run folder; default runs/RECIPE")
     p.add_argument("--fresh", action="store_true", help="start again instead of resuming")
     p.add_argument("--skip-faulty", action="store_true", help="leave faulty samples out, and list them")
@@ -268,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("compare", _compare, "train baseline and method with paired seeds, and say whether the method helps")
     p.add_argument("method")
     p.add_argument("--recipe", help="default: the card's")
-    p.add_argument("--data", help="a sample set, or folder:, csv:, coco:, voc:, masks:, deepfashion2:, or a path")
+    p.add_argument("--data", help=_DATA)
     p.add_argument("--seeds", type=int, help="paired seeds, at least 3; default 5")
     p.add_argument("--budget", help="per run: '400 steps' or '60 s'")
     p.add_argument("--dial", help="a setting to sweep, such as train.micro_batch=2,4,8,16,32")

@@ -192,3 +192,18 @@ def _fastest(command: list[str]) -> float:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return min(seconds)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("condinst", "coco:annotations.json,images/"),
+        ("faster_rcnn", "coco:annotations.json,images/"),
+        ("attention_unet", "masks:images/,masks/"),
+        ("simclr", "folder:my_images"),
+    ],
+)
+def test_the_shown_commands_name_data_that_the_method_takes(name: str, data: str) -> None:
+    lines = [line for line in show.show_values(name)["use"]["shell"] if " train " in line or " compare " in line]
+    assert lines
+    assert all(line.endswith(f"--data {data}") for line in lines)

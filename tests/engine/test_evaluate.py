@@ -15,6 +15,7 @@ from torchive.engine.evaluate import evaluate, evaluate_run, score, score_run
 from torchive.engine.metrics import DECIDES, METRICS, confusion, metrics_of, record_of
 from torchive.engine.probe import linear_probe, represent
 from torchive.engine.recipe import RecipeError
+from torchive.engine.run import open_run
 from torchive.engine.train import train
 from torchive.nn.probe import knn_accuracy
 from torchive.structures import Classification, Detections, Panoptic, Segment, Segmentation
@@ -174,6 +175,20 @@ def test_features_of_maps_are_means_over_positions() -> None:
     torch.testing.assert_close(represent(pyramid, x), 2 * x.mean((2, 3)))
 
 
+def test_stuff_of_other_names_is_refused_and_none_is_taken(tmp_path: Path) -> None:
+    samples = toy_samples("detection")
+    for part in samples.values():
+        part.stuff = ("floor",)  # type: ignore[attr-defined]
+    train(toy_recipe("detection"), tmp_path, samples=samples, progress=False)
+    loaded = open_run(tmp_path)
+    assert (loaded.classes, loaded.names) == (("square",), ("square", "floor"))
+    other = toy_samples("detection")["val"]
+    score_run(tmp_path, samples=other, predictions=False)
+    other.stuff = ("wall",)  # type: ignore[attr-defined]
+    with pytest.raises(RecipeError, match="has the classes square, wall; the run was trained on square, floor"):
+        score_run(tmp_path, samples=other, predictions=False)
+
+
 def test_panoptic_maps_are_scored_where_there_are_masks() -> None:
     """A cell found whole, one found as background; the background has lost nothing but gained the second cell."""
     masks = torch.zeros(2, 8, 8, dtype=torch.uint8)
@@ -190,5 +205,10 @@ def test_panoptic_maps_are_scored_where_there_are_masks() -> None:
     scores = metrics_of("detection", [record_of("detection", found, target, 1)], ("cell",))
     assert scores["pq/cell"] == pytest.approx(1 / 1.5)
     assert scores["pq"] == pytest.approx((1 / 1.5 + 44 / 48) / 2)
+    assert (scores["pq_things"], scores["pq_stuff"]) == pytest.approx((1 / 1.5, 44 / 48))
+    named = target | {"semantic": torch.where(masks.bool().any(0), 1, 2)}
+    known = metrics_of("detection", [record_of("detection", found, named, 1)], ("cell",), ("glass",))
+    assert known["pq/glass"] == 0  # its pixels were called background
+    assert known["pq_stuff"] == 0
     assert scores["rq"] == pytest.approx((1 / 1.5 + 1) / 2)
     assert scores["sq"] == pytest.approx((1 + 44 / 48) / 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,33 @@ def test_drawing_shows_what_is_there(channels: int) -> None:
         draw_prediction(image, weak, ("cat",), smallest=1)[:, :100], plain[:, :1, :1].expand(3, 100, 200)
     )
     assert torch.equal(image, kept)
+
+
+def test_stuff_is_drawn_under_the_objects_and_named() -> None:
+    image = torch.full((3, 60, 80), 0.5)
+    objects = torch.zeros(1, 60, 80, dtype=torch.bool)
+    objects[0, :30, :40] = True
+    ids = torch.where(objects[0], 1, 2).to(torch.int32)
+    ids[:, 70:] = 0
+    found = Detections(
+        torch.tensor([[0.0, 0, 40, 30]]),
+        torch.tensor([1]),
+        torch.tensor([0.9]),
+        objects,
+        panoptic=Panoptic(ids, (Segment(1, 1, True), Segment(2, 2, False))),
+    )
+    drawn = draw_prediction(image, found, ("cat", "grass"), smallest=1)
+    inside, grass, nothing = drawn[:, 15, 20], drawn[:, 45, 20], drawn[:, 45, 75]
+    assert len({tuple(part.tolist()) for part in (inside, grass, nothing)}) == 3
+    assert tuple(nothing.tolist()) == (128, 128, 128)
+    semantic = torch.where(objects[0], 1, 2)
+    semantic[:, 70:] = 255
+    target = {"boxes": found.boxes, "labels": found.labels, "masks": objects, "semantic": semantic}
+    true = draw_target(image, target, ("cat", "grass"), smallest=1)
+    assert torch.equal(true[:, 45, 20], grass)
+    assert torch.equal(true[:, 45, 75], nothing)
+    without = replace(found, panoptic=None)
+    assert draw_prediction(image, without, ("cat", "grass"), smallest=1).shape[1] < drawn.shape[1], "no legend"
 
 
 def test_a_grid_holds_all_its_pictures() -> None:

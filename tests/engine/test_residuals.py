@@ -102,6 +102,7 @@ def test_what_a_part_changes_of_its_host_is_put_back_and_not_shared_between_arms
     recipes = {"baseline": recipe, "method": recipe.override(["convert=[{method: rezero}]"])}
 
     class Samples:
+        task = "classification"
         classes, channels = ("a", "b"), 1
 
     pairing = pair_models({arm: fill_recipe(r, Samples()) for arm, r in recipes.items()})  # type: ignore[arg-type]

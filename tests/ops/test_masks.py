@@ -48,6 +48,25 @@ def test_pasting_is_grid_sampling_in_chunks(monkeypatch) -> None:
     monkeypatch.setattr("torchive.ops.masks._CHUNK", 10_000)
     assert torch.equal(paste_masks(masks, boxes, (50, 70)), expected)
     assert paste_masks(masks[:0], boxes[:0], (50, 70)).shape == (0, 50, 70)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)  # as a graph and a GPU have it: no windows
+    assert torch.equal(paste_masks(masks, boxes, (50, 70)), expected)
+
+
+def test_pasting_where_a_box_is_outside_large_or_not_a_number() -> None:
+    nan, inf = float("nan"), float("inf")
+    rows = [
+        [-30.0, -30, -20, -20],
+        [60, 2, 90, 9],
+        [-500, -400, 700, 600],
+        [3, 3, 3, 3],
+        [nan, 0, 5, 5],
+        [0, 0, inf, 4],
+    ]
+    found = paste_masks(torch.ones(6, 28, 28), torch.tensor(rows), (40, 50))
+    assert [int(one.sum()) for one in found[:3]] == [0, 0, 2000]
+    assert found.shape == (6, 40, 50)
+    everywhere = paste_masks(torch.zeros(1, 28, 28), torch.tensor([[2.0, 2, 9, 9]]), (40, 50), threshold=-1.0)
+    assert bool(everywhere.all())
 
 
 def test_crops() -> None:
@@ -130,13 +149,14 @@ def test_fixed_detections_are_the_best_ones(shared: bool, monkeypatch) -> None:
     scores = torch.rand(2, 60, 4)
     options = {"score_threshold": 0.6, "nms_threshold": 0.4, "max_detections": 40}
     for _ in range(2):
-        box, label, score = fixed_detections(boxes, scores, **options)
+        box, label, score, row = fixed_detections(boxes, scores, **options)
         assert box.shape == (2, 40, 4)
         for k in range(2):
             expected = best_detections(boxes[k], scores[k], **options)
             there = score[k] >= 0
             assert there.sum() == len(expected[0])
-            for mine, theirs in zip((box[k][there], label[k][there], score[k][there]), expected, strict=False):
+            found = (box[k][there], label[k][there], score[k][there], row[k][there])
+            for mine, theirs in zip(found, expected, strict=True):
                 assert torch.equal(mine, theirs)
             assert not box[k][~there].any()
             assert not label[k][~there].any()

@@ -15,7 +15,7 @@ import pytest
 from records import comparison
 
 from torchive.report import render_report
-from torchive.report.figures import curves_figure, interval_figure, paired_figure, ratio_strip
+from torchive.report.figures import curves_figure, interval_figure, paired_figure, ratio_strip, strip
 from torchive.report.html import comparison_html
 from torchive.report.summary import summarise
 from torchive.report.svg import Axis, tick_text
@@ -226,6 +226,21 @@ def test_a_dial_has_a_table_two_figures_and_links(tmp_path: Path) -> None:
     assert long not in text_of(page)  # a path would not fit a narrow page; the command tells it
     told = dial_text(tmp_path, tmp_path / "report.html")
     assert all(word in told for word in ("micro_batch", "16", "better", "report.html"))
+
+
+def test_strips_of_one_table_share_a_scale() -> None:
+    """An interval half as wide is drawn half as wide."""
+    wide, narrow = (summarise(comparison(effect=0.0, noise=noise)).deciding for noise in (0.02, 0.01))
+
+    def length(svg: str) -> float:
+        found = re.search(r'<line x1="([\d.]+)" y1="10(?:\.0)?" x2="([\d.]+)"[^>]*interval', svg)
+        assert found, svg
+        return float(found[2]) - float(found[1])
+
+    widths = [m.estimate.high - m.estimate.low for m in (wide, narrow) if m.estimate]
+    drawn = [length(strip(m, [wide, narrow])) for m in (wide, narrow)]
+    assert drawn[1] / drawn[0] == pytest.approx(widths[1] / widths[0], rel=0.02)
+    assert length(strip(narrow)) > drawn[1]
 
 
 def test_the_terminal_says_the_same_as_the_page() -> None:

@@ -163,12 +163,20 @@ def _python_lines(card: Card) -> list[str]:
 
 
 def _shell_lines(card: Card) -> list[str]:
-    lines = ["pip install torchive"]
+    lines, data = ["pip install torchive"], _data_of(card)
     if card.contract in ("system", "two_players", "procedure"):
-        lines.append(f"torchive train {card.name} --data folder:my_images")
+        lines.append(f"torchive train {card.name} --data {data}")
     if card.comparison:
-        lines.append(f"torchive compare {card.name} --data folder:my_images")
+        lines.append(f"torchive compare {card.name} --data {data}")
     return lines
+
+
+def _data_of(card: Card) -> str:
+    """Data of the user as the method's recipe takes them."""
+    task = str((card.comparison or {}).get("recipe", "")).partition("/")[0]
+    if task == "detection" or {"detection", "instance-segmentation"} & set(card.tasks[:1]):
+        return "coco:annotations.json,images/"
+    return "masks:images/,masks/" if task == "segmentation" else "folder:my_images"
 
 
 def _reasons(record: Mapping[str, Any]) -> str:

@@ -23,8 +23,8 @@ from torch import Tensor
 from torchive.data.cache import cache_dir, write_atomic
 from torchive.data.faults import CheckReport, DataError, Fault, printable
 from torchive.data.fetching import load_sample_set, sample_set_info
-from torchive.data.images import ImageFault, image_size, read_image, read_mask
-from torchive.data.readers import Index, Objects, Record, parse_source, read_index
+from torchive.data.images import ImageFault, image_size, read_ids, read_image, read_mask
+from torchive.data.readers import Index, Objects, Record, Segments, parse_source, read_index
 from torchive.data.readers.coco import decode_shape
 from torchive.data.readers.masks import IGNORED
 from torchive.data.samples import SPLITS
@@ -76,6 +76,8 @@ def _key(source: str, index: Index) -> str:
         paths.add(record.image.absolute())
         if isinstance(record.target, Path):
             paths.add(record.target.absolute())
+        elif isinstance(record.target, Segments):
+            paths.add(record.target.picture.absolute())
     for path in sorted(paths):
         try:
             info = path.stat()
@@ -98,6 +100,8 @@ def _check_record(record: Record, index: Index) -> Iterator[Fault]:
         yield from _check_mask(record, record.target, size, len(index.classes))
     elif isinstance(record.target, Objects):
         yield from _check_objects(record, record.target, size)
+    elif isinstance(record.target, Segments):
+        yield from _check_segments(record, record.target, size)
 
 
 def _cited(fault: ImageFault, record: Record) -> str:
@@ -123,6 +127,24 @@ def _check_mask(record: Record, path: Path, size: tuple[int, int] | None, classe
             f"holds {', '.join(map(str, wrong[:5]))}, but the classes are 0 to {classes - 1} ({IGNORED} is ignored)"
         )
         yield Fault(str(path), None, "label", message, record.id)
+
+
+def _check_segments(record: Record, segments: Segments, size: tuple[int, int] | None) -> Iterator[Fault]:
+    path = str(segments.picture)
+    try:
+        ids = read_ids(segments.picture)
+    except ImageFault as fault:
+        yield Fault(path, None, fault.kind, fault.message, record.id)
+        return
+    if size is not None and image_size(ids) != size:
+        message = f"the picture of segments is {_by(image_size(ids))}, its image {_by(size)}"
+        yield Fault(path, None, "mask-size", message, record.id)
+    drawn, listed = set(ids.unique().tolist()) - {0}, set(segments.ids)
+    if drawn - listed:
+        some = ", ".join(map(str, sorted(drawn - listed)[:5]))
+        yield Fault(path, None, "label", f"holds the ids {some}, which {record.file} does not list", record.id)
+    for own in sorted(listed - drawn):
+        yield Fault(record.file, record.line, "box-empty", f"segment {own} of {path} has no pixel", record.id)
 
 
 def _outside_classes(mask: Tensor, classes: int) -> list[int]:
@@ -177,7 +199,7 @@ def _empty_classes(source: str, index: Index) -> Iterator[Fault]:
         return
     counts: Counter[int] = Counter()
     for record in index.records:
-        if isinstance(record.target, Objects):
+        if isinstance(record.target, Objects | Segments):
             counts.update(label - 1 for label in record.target.labels)
         elif isinstance(record.target, int):
             counts[record.target] += 1

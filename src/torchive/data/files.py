@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torchvision.ops import masks_to_boxes
 
 from torchive.data.faults import DataError, Fault
-from torchive.data.images import image_size, read_image, read_mask
+from torchive.data.images import image_size, read_ids, read_image, read_mask
 from torchive.data.readers.coco import decode_shape
-from torchive.data.readers.index import Index, Objects, Record
+from torchive.data.readers.index import Index, Objects, Record, Segments
+from torchive.data.readers.masks import IGNORED
 from torchive.data.samples import SPLITS, assign_splits
 from torchive.structures import Sample
 
@@ -27,7 +29,7 @@ class FileSamples:
         self.name, self.task, self.classes = source, index.task, index.classes
         self.origin = source
         self.records, self.masks, self.landmarks = tuple(records), index.masks, index.channels
-        self.left_out, self.notes = tuple(left_out), tuple(index.notes)
+        self.left_out, self.notes, self.stuff = tuple(left_out), tuple(index.notes), index.stuff
         self.ids = tuple(record.id for record in records)
 
     @property
@@ -59,6 +61,8 @@ class FileSamples:
             target = read_mask(target)
         elif isinstance(target, Objects):
             target = box_target(target, image_size(image), self.masks, self.landmarks)
+        elif isinstance(target, Segments):
+            target = segment_target(target)
         return Sample(image, target, record.id)
 
 
@@ -85,6 +89,28 @@ def box_target(objects: Objects, size: tuple[int, int], masks: bool, landmarks: 
             points[row, first : first + len(own)] = own * (own[:, 2:] > 0)  # what is not marked stands at zero
         target["keypoints"] = points
     return target | {key: torch.tensor(values, dtype=torch.int64) for key, values in objects.values.items()}
+
+
+def segment_target(segments: Segments) -> dict[str, Any]:
+    """The target of one image: boxes, labels, masks, area and crowd of the objects, and ``semantic``, the category of
+    each pixel, 255 where there is no segment."""
+    ids = read_ids(segments.picture)
+    own, category = (torch.tensor(v, dtype=torch.int64) for v in (segments.ids, segments.categories))
+    thing = category <= segments.things
+    masks = ids == own[thing, None, None]  # (L, H, W)
+    own, order = own.sort()
+    place = torch.bucketize(ids, own).clamp(max=max(len(own) - 1, 0))
+    semantic = torch.full_like(ids, IGNORED)
+    if len(own):
+        semantic = torch.where(own[place] == ids, category[order][place], IGNORED)
+    return {
+        "boxes": masks_to_boxes(masks) + torch.tensor([0.0, 0.0, 1.0, 1.0]),
+        "labels": category[thing],
+        "area": masks.flatten(1).sum(1).float(),
+        "iscrowd": torch.tensor(segments.crowd, dtype=torch.int64)[thing],
+        "masks": masks.to(torch.uint8),
+        "semantic": semantic,
+    }
 
 
 def choose_split(index: Index, split: str, seed: int) -> list[Record]:

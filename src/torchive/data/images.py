@@ -61,6 +61,19 @@ def read_mask(path: Path | str) -> Tensor:
         return torch.from_numpy(np.array(picture).astype(np.int64))
 
 
+def read_ids(path: Path | str) -> Tensor:
+    """A picture of segment ids as int64 (H, W): red + 256 green + 65,536 blue, or its only channel as it is.
+
+    Raises:
+        ImageFault: as ``read_image``.
+    """
+    with _opened(Path(path)) as picture:
+        if picture.mode in ("L", "I;16", "I"):
+            return torch.from_numpy(np.array(picture).astype(np.int64))
+        pixels = np.array(picture.convert("RGB")).astype(np.int64)  # (H, W, 3)
+    return torch.from_numpy(pixels @ np.array([1, 256, 65536]))
+
+
 def _eight_bits(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):
         values = np.asarray(picture).astype(np.int64)

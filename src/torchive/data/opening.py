@@ -19,9 +19,9 @@ def open_data(source: str, split: str = "train", *, skip_faulty: bool = False, s
     """One split of a source.
 
     Args:
-        source: a sample set's name ("solar"), "folder:PATH", "csv:FILE", "coco:ANNOTATIONS.json,IMAGES/", "voc:PATH",
-            "masks:IMAGES/,MASKS/", or a bare path whose format is recognised. A path may hold ``{split}`` where each
-            split has its own.
+        source: a sample set's name ("solar"), "folder:PATH", "csv:FILE", "coco:ANNOTATIONS.json,IMAGES/",
+            "panoptic:ANNOTATIONS.json,IMAGES/,SEGMENTS/", "voc:PATH", "masks:IMAGES/,MASKS/", "deepfashion2:PATH", or a
+            bare path whose format is recognised. A path may hold ``{split}`` where each split has its own.
         split: train, val or test. Where the data bring no split, it is a fixed function of the sample's id and the
             seed.
         skip_faulty: leave faulty samples out instead of refusing; ``left_out`` of the result lists the faults.

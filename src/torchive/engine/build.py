@@ -15,7 +15,7 @@ from torchive.engine.convert import convert
 from torchive.engine.recipe import REPRESENTING, ClassSpec, Recipe, RecipeError
 from torchive.engine.resolve import filled, import_class
 from torchive.engine.selection import class_counts, long_tail, without_held_out
-from torchive.engine.views import PartlyBoxed, Subset, as_task
+from torchive.engine.views import PartlyBoxed, Subset, as_task, stuff_of
 
 
 def open_split(recipe: Recipe, split: str) -> SampleSet:
@@ -46,13 +46,17 @@ def open_split(recipe: Recipe, split: str) -> SampleSet:
 
 def fill_recipe(recipe: Recipe, samples: SampleSet) -> Recipe:
     """The recipe with the data's number of classes, of channels, and of samples in each class put in where its classes
-    take them.
+    take them, and the number of kinds of stuff where the data have any.
     """
-    given = {
+    given: dict[str, Any] = {
         "num_classes": len(samples.classes),
         "in_channels": recipe.data.channels or samples.channels,
         "class_counts": lambda: class_counts(samples),
     }
+    stuff = stuff_of(samples)
+    if stuff:
+        given |= {"stuff_classes": len(stuff), "semantic_classes": 1 + len(samples.classes) + len(stuff)}
+        given |= {"background": False}  # what belongs to no segment is not known
     return replace(recipe, model=ClassSpec(**filled(asdict(recipe.model), given)))
 
 

@@ -16,6 +16,7 @@ from torchive.data.samples import SampleSet
 from torchive.engine.metrics import metrics_of, record_of
 from torchive.engine.recipe import REPRESENTING, Recipe, RecipeError
 from torchive.engine.search_figures import search_figures
+from torchive.engine.views import stuff_of
 from torchive.nn.passes import eval_mode
 from torchive.structures import Batch, Prediction
 
@@ -90,7 +91,7 @@ def score(
                 place += world
         rows = gathered(rows, world)
         records = [record for _, record, _ in rows]
-        metrics = metrics_of(recipe.task, records, samples.classes)
+        metrics = metrics_of(recipe.task, records, samples.classes, stuff_of(samples))
         if recipe.task == "detection":
             metrics |= search_figures(model, records)
     if not predictions:
@@ -170,10 +171,11 @@ def score_run(
     loaded = open_run(run)
     recipe = loaded.recipe if data is None else loaded.recipe.override([source_override(data)])
     samples = open_split(recipe, split) if samples is None else samples
-    if recipe.task not in REPRESENTING and tuple(samples.classes) != loaded.classes:
+    stuff = stuff_of(samples) if loaded.stuff else ()  # a set that knows of none can be scored on its objects
+    given, known = (*samples.classes, *stuff), (*loaded.classes, *(loaded.stuff if stuff else ()))
+    if recipe.task not in REPRESENTING and given != known:
         raise RecipeError(
-            f"{samples.name} has the classes {', '.join(samples.classes)}; "
-            f"the run was trained on {', '.join(loaded.classes)}"
+            f"{samples.name} has the classes {', '.join(given)}; the run was trained on {', '.join(known)}"
         )
     if recipe.task == "selfsupervised" and reference is None:
         reference = open_split(recipe, "train")

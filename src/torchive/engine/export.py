@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torchive.engine.detector_file import DetectorWithDecoding, decodes
 from torchive.engine.row_order import rows_in_order
 
 #: The gap up to which a method may be called ``ship``.
@@ -56,10 +57,11 @@ class ExportReport:
     torch_latency_ms: float
     torch_score: dict[str, float]
     int8: FileReport | None = None
+    detector: FileReport | None = None
 
     def __str__(self) -> str:
         lines = [f"PyTorch   {self.torch_latency_ms:8.2f} ms  {_scores(self.torch_score)}"]
-        for name, file in (("ONNX", self.onnx), ("ONNX int8", self.int8)):
+        for name, file in (("ONNX", self.onnx), ("ONNX int8", self.int8), ("decoded", self.detector)):
             if file is not None:
                 about = f"gap {file.gap:.1e}  {file.megabytes:.1f} MB  {file.path}"
                 lines.append(f"{name:<9} {file.latency_ms:8.2f} ms  {_scores(file.score)}  {about}")
@@ -222,9 +224,11 @@ def export_model(
 ) -> ExportReport:
     """Export a model, run the file at two sizes, score it, and optionally do the same for an int8 form.
 
+    A detector is also written with its decoding, as ``DetectorWithDecoding``; the gap of that file is one of pixels.
+
     Args:
         model: any module whose ``forward`` takes one tensor; its mode and device are restored.
-        out: the folder of ``NAME.onnx``, ``NAME.int8.onnx`` and ``export.json``.
+        out: the folder of ``NAME.onnx``, ``NAME.int8.onnx``, ``NAME.detector.onnx`` and ``export.json``.
         samples: (N, C, ...) real inputs, N at least 2.
         second: inputs of another batch and image size; by default one sample fewer, 1.5 times the size.
         calibration: batches for the int8 form; None makes none.
@@ -249,7 +253,11 @@ def export_model(
         if calibration is not None:
             quantised = quantize_onnx(path, Path(out) / f"{name}.int8.onnx", calibration)
             int8 = _file_report(model, quantised, structure, shapes, score)
-        report = ExportReport(onnx, torch_latency, score(model) if score else {}, int8)
+        detector = None
+        if decodes(model):
+            whole, path = DetectorWithDecoding(model).eval(), Path(out) / f"{name}.detector.onnx"
+            detector = _file_report(whole, path, write_onnx(whole, samples[:2], path), shapes, None)
+        report = ExportReport(onnx, torch_latency, score(model) if score else {}, int8, detector)
     finally:
         model.train(training)
     (Path(out) / "export.json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchive.engine.coco_figures import SIZES, coco_figures
 from torchive.engine.detection_errors import detection_errors, score_overlap
 from torchive.nn.landmark_precision import by_part
 from torchive.ops.panoptic import panoptic_quality, quality_counts, true_panoptic
@@ -16,8 +17,6 @@ from torchive.structures import Detections
 from torchive.structures.landmarks import DEEPFASHION2
 
 IGNORED = 255
-_AVERAGES = ("map", "map_50", "map_75", "map_80_90", "mar_100")
-_SIZES = ("map_small", "map_medium", "map_large")  # up to 32 x 32 pixels, up to 96 x 96, above
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ METRICS: dict[str, Metric] = {
         Metric("map_75", True, "detection"),
         Metric("map_80_90", True, "detection"),
         Metric("mar_100", True, "detection"),
-        *(Metric(name, True, "detection") for name in _SIZES),
+        *(Metric(name, True, "detection") for name in SIZES),
         Metric("score_overlap", True, "detection", "rank correlation"),
         Metric("mask_map", True, "detection"),
         *(Metric(f"landmark_{name}", True, "detection") for name in ("map", "map_50", "map_75")),
@@ -53,6 +52,8 @@ METRICS: dict[str, Metric] = {
         Metric("pq", True, "detection"),
         Metric("sq", True, "detection"),
         Metric("rq", True, "detection"),
+        Metric("pq_things", True, "detection"),
+        Metric("pq_stuff", True, "detection"),
         Metric("knn_accuracy", True, "selfsupervised"),
         Metric("linear_accuracy", True, "selfsupervised"),
         Metric("verification_accuracy", True, "embedding"),
@@ -86,11 +87,13 @@ def record_of(task: str, prediction: Any, target: Any, classes: int) -> Any:
     return found, target
 
 
-def metrics_of(task: str, records: Sequence[Any], classes: Sequence[str]) -> dict[str, float]:
-    """All metrics of a task over the records of its samples."""
+def metrics_of(
+    task: str, records: Sequence[Any], classes: Sequence[str], stuff: Sequence[str] = ()
+) -> dict[str, float]:
+    """All metrics of a task over the records of its samples; ``stuff`` names the categories after the classes."""
     if task == "classification":
         return _classification(records, classes)
-    return _segmentation(records, classes) if task == "segmentation" else _detection(records, classes)
+    return _segmentation(records, classes) if task == "segmentation" else _detection(records, classes, stuff)
 
 
 def confusion(labels: Tensor, target: Tensor, classes: int) -> Tensor:
@@ -144,25 +147,20 @@ def _boxes(found: Detections) -> dict[str, Tensor]:
 
 
 def _detection(
-    records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], classes: Sequence[str]
+    records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], classes: Sequence[str], stuff: Sequence[str]
 ) -> dict[str, float]:
     result: dict[str, float] = {}
     for kind, prefix in (("bbox", ""), ("segm", "mask_")):
         if kind == "segm" and not all("masks" in found and "masks" in target for found, target in records):
             continue
-        values = _coco(records, kind)
-        result |= {f"{prefix}{name}": float(values[name]) for name in _AVERAGES}
-        result |= {
-            f"{prefix}{name}": float(values[name]) for name in _SIZES if values[name] >= 0
-        }  # -1: none of this size
-        each = zip(values["classes"].reshape(-1).tolist(), values["map_per_class"].reshape(-1).tolist(), strict=True)
+        figures, each = coco_figures(records, kind)
+        result |= {f"{prefix}{name}": value for name, value in figures.items()}
         if prefix == "" and len(classes) > 1:
-            named = {classes[label - 1]: value for label, value in each if 1 <= label <= len(classes)}
-            result |= {f"map/{name}": value for name, value in named.items() if value >= 0}  # -1: no such object
+            result |= {f"map/{classes[label - 1]}": v for label, v in each.items() if 1 <= label <= len(classes)}
     if all("keypoints" in found and _deepfashion2(target) for found, target in records):
         result |= _landmarks(records)
     if all("panoptic" in found for found, _ in records):
-        result |= _panoptic(torch.stack([found["panoptic"] for found, _ in records]).sum(0), classes)
+        result |= _panoptic(torch.stack([found["panoptic"] for found, _ in records]).sum(0), classes, stuff)
     return result | {"score_overlap": score_overlap(records)} | detection_errors(records)
 
 
@@ -183,42 +181,15 @@ def _landmarks(records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]) -
     return result
 
 
-def _panoptic(counts: Tensor, classes: Sequence[str]) -> dict[str, float]:
-    """Panoptic quality of sums (255, 4), the mean over the categories that occur, and of each thing."""
+def _panoptic(counts: Tensor, classes: Sequence[str], stuff: Sequence[str]) -> dict[str, float]:
+    """Panoptic quality of sums (255, 4), the mean over the categories that occur, over things and over stuff, and of
+    each but the background."""
     quality = panoptic_quality(counts)
-    mean = quality[~quality[:, 0].isnan()].mean(0).nan_to_num().tolist()
-    things = {f"pq/{name}": float(quality[k, 0]) for k, name in enumerate(classes, 1) if not quality[k, 0].isnan()}
-    return dict(zip(("pq", "sq", "rq"), mean, strict=True)) | things
-
-
-def _coco(records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], kind: str) -> dict[str, Tensor]:
-    from torchmetrics.detection import MeanAveragePrecision
-
-    metric: Any = MeanAveragePrecision(
-        iou_type=kind,  # type: ignore[arg-type]
-        class_metrics=True,
-        extended_summary=True,
-        backend="faster_coco_eval",
-        sync_on_compute=False,
-        dist_sync_on_step=False,
-    )
-    metric.warn_on_many_detections = False
-    metric.update([_for_coco(found, kind) for found, _ in records], [_for_coco(target, kind) for _, target in records])
-    found = metric.compute()
-    if "precision" not in found:  # no image has a mask: nothing was found
-        found |= {"precision": torch.zeros(10, 0, 0, 4, 3), "map_per_class": torch.full_like(found["classes"], -1)}
-    tight = found["precision"][6:9, :, :, 0, -1]  # overlaps 0.8, 0.85, 0.9; all areas, most detections
-    tight = tight[tight > -1]
-    found["map_80_90"] = tight.mean() if len(tight) else torch.tensor(0.0)
-    return {
-        key: value if key in ("classes", "map_per_class", *_SIZES) else value.clamp_min(0)
-        for key, value in found.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _for_coco(values: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    kept = {k: v for k, v in values.items() if k in ("boxes", "scores", "labels", "iscrowd", "area")}
-    if kind == "segm":
-        kept["masks"] = values["masks"].bool()
-    return kept
+    occurs = ~quality[:, 0].isnan()
+    result = dict(zip(("pq", "sq", "rq"), quality[occurs].mean(0).nan_to_num().tolist(), strict=True))
+    is_thing = torch.zeros_like(occurs)
+    is_thing[1 : len(classes) + 1] = True
+    for name, kind in (("pq_things", is_thing), ("pq_stuff", ~is_thing)):
+        if (occurs & kind).any():
+            result[name] = float(quality[occurs & kind, 0].mean())
+    return result | {f"pq/{n}": float(quality[k, 0]) for k, n in enumerate([*classes, *stuff], 1) if occurs[k]}

@@ -182,10 +182,10 @@ def _written(
     target = out / stem
     target.parent.mkdir(parents=True, exist_ok=True)
     picture = target.with_name(target.name + (".jpg" if path.suffix.lower() in (".jpg", ".jpeg") else ".png"))
-    save_picture(draw_prediction(image, found, loaded.classes, threshold=threshold), picture)
+    save_picture(draw_prediction(image, found, loaded.names, threshold=threshold), picture)
     values = {"source": str(path), "width": image.shape[2], "height": image.shape[1], "task": loaded.recipe.task}
     values |= {"classes": list(loaded.classes), "picture": picture.relative_to(out).as_posix()}
-    values |= values_of(found, loaded.classes)
+    values |= values_of(found, loaded.names)
     if isinstance(found, Segmentation):
         mask = target.with_name(f"{target.name}.mask.png")
         write_atomically(mask, _index_png(found.labels))

@@ -30,7 +30,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 _SECTIONS = {"data": DataSpec, "schedule": ScheduleSpec, "train": TrainSpec}
 _SPECS = ("model", "optimizer")
 #: Arguments that the data fill in where a class takes them, and the keys under which a nested class takes them too.
-FILLED = ("num_classes", "class_counts", "in_channels")
+FILLED = ("num_classes", "class_counts", "stuff_classes", "semantic_classes", "background", "in_channels")
 _NETWORKS = ("network", "backbone", "encoder", "model", "student", "teacher")
 
 
@@ -290,7 +290,7 @@ def filled(spec: Mapping[str, Any], given: Mapping[str, Any], key: str = "model"
         if isinstance(value, dict) and "class_path" in value:
             arguments[name] = filled({"init_args": {}, **value}, given, name)
     taken = _parameters(cls)
-    for name in FILLED if key in _NETWORKS else FILLED[:2]:
+    for name in FILLED if key in _NETWORKS else FILLED[:-1]:
         if name in taken and name in given and name not in arguments:
             arguments[name] = given[name]() if callable(given[name]) else given[name]
     return {"class_path": spec["class_path"], "init_args": arguments}

@@ -195,13 +195,20 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained run: the resolved recipe, the deployable model in eval mode, the classes' names, the channels."""
+    """A trained run: the resolved recipe, the deployable model in eval mode, the names of the classes and of what
+    follows them in maps of the whole image, the channels."""
 
     recipe: Recipe
     model: nn.Module
     classes: tuple[str, ...]
     channels: int
     source: Path
+    stuff: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all categories from 1 on."""
+        return (*self.classes, *self.stuff)
 
 
 def open_run(run: Path) -> LoadedRun:
@@ -230,7 +237,8 @@ def open_run(run: Path) -> LoadedRun:
     else:
         load_weights(model, checkpoint.part("model"), path)
         model = deployable_of(model)
-    return LoadedRun(recipe, model.eval(), tuple(checkpoint.values["classes"]), checkpoint.values["channels"], path)
+    classes, stuff = (tuple(values.get(key, ())) for key in ("classes", "stuff"))
+    return LoadedRun(recipe, model.eval(), classes, values["channels"], path, stuff)
 
 
 def load_run(run: Path) -> tuple[Recipe, nn.Module]:

@@ -36,6 +36,7 @@ from torchive.engine.progress import Progress
 from torchive.engine.recipe import Recipe
 from torchive.engine.run import RunFolder, deployable_of
 from torchive.engine.selection import class_order, counts_in_words
+from torchive.engine.views import names_of, stuff_of
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,8 @@ class _Training:
     def _about(self) -> dict[str, Any]:
         samples = self.samples["train"]
         channels = self.recipe.data.channels or samples.channels
-        return {"recipe": self.recipe.to_dict(), "classes": list(samples.classes), "channels": channels}
+        names = {"classes": list(samples.classes), "stuff": list(stuff_of(samples))}
+        return {"recipe": self.recipe.to_dict(), **names, "channels": channels}
 
     def _restore(self, loop: Loop) -> None:
         checkpoint = load_checkpoint(self.folder.last)
@@ -326,14 +328,14 @@ class _Training:
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             batch = next(loop.loader.epoch(0))
-            save_picture(batch_sheet(batch, self.recipe, self.samples["train"].classes), path)
+            save_picture(batch_sheet(batch, self.recipe, names_of(self.samples["train"])), path)
 
     def _draw_predictions(self, loop: Loop) -> None:
         """``pictures/val.png``: the final model's predictions beside the targets."""
         model, samples = deployable_of(loop.model), self.samples.get("val")
         if samples is not None and len(samples) and hasattr(model, "predict"):
             chosen, found = predicted_samples(model, samples, spread(samples), self.recipe)
-            sheet = prediction_sheet(chosen, found, self.recipe, samples.classes)
+            sheet = prediction_sheet(chosen, found, self.recipe, names_of(samples))
             save_picture(sheet, self.folder.pictures / "val.png")
 
 

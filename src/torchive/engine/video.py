@@ -53,8 +53,8 @@ def predict_video(loaded: LoadedRun, path: Path, stem: Path, out: Path, *, thres
             while group := list(islice(reading, _GROUP)):
                 found = predict_images(loaded, [image for image, _, _ in group])
                 for (image, time, rate), one in zip(group, found, strict=True):
-                    writer.add(draw_prediction(image, one, loaded.classes, threshold=threshold, smallest=1), rate)
-                    frames.append({"time": round(time, 4), **values_of(one, loaded.classes)})
+                    writer.add(draw_prediction(image, one, loaded.names, threshold=threshold, smallest=1), rate)
+                    frames.append({"time": round(time, 4), **values_of(one, loaded.names)})
             if not frames:
                 raise DataError(f"{path}: holds no frames")
         partial.replace(picture)

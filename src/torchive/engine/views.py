@@ -88,13 +88,16 @@ class PartlyBoxed:
 
 
 class MasksAsClasses:
-    """A set with a mask for each object, seen as segmentation: class 0 is the background."""
+    """A set with a mask for each object, seen as segmentation: class 0 is the background.
+
+    Where a set says what there is between the objects, too, these classes come after the objects'.
+    """
 
     task = "segmentation"
 
     def __init__(self, samples: SampleSet) -> None:
         self.samples, self.name, self.ids = samples, samples.name, samples.ids
-        self.classes = ("background", *samples.classes)
+        self.classes = ("background", *samples.classes, *stuff_of(samples))
         self.channels, self.licence, self.origin = samples.channels, samples.licence, samples.origin
         self.left_out = samples.left_out
 
@@ -107,7 +110,23 @@ class MasksAsClasses:
             raise RecipeError(
                 f"{self.name}: {sample.id}: segmentation needs a mask for each object, and there are only boxes"
             )
-        return Sample(sample.image, class_map(sample.target, sample.image.shape[-2:]), sample.id)
+        known = sample.target.get("semantic")
+        return Sample(
+            sample.image, class_map(sample.target, sample.image.shape[-2:]) if known is None else known, sample.id
+        )
+
+
+def stuff_of(samples: SampleSet) -> tuple[str, ...]:
+    """The names of the categories that follow the classes of a detection set in its ``semantic`` maps."""
+    if samples.task != "detection":
+        return ()
+    inner = getattr(samples, "samples", None)
+    return tuple(getattr(samples, "stuff", ())) if inner is None else stuff_of(inner)
+
+
+def names_of(samples: SampleSet) -> tuple[str, ...]:
+    """The names of the classes, and of what follows them in ``semantic`` maps."""
+    return (*samples.classes, *stuff_of(samples))
 
 
 def as_task(samples: SampleSet, task: str) -> SampleSet:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from torchive.nn.prior import init_classifier
-from torchive.ops.boxes import clip_boxes
+from torchive.ops.boxes import clip_boxes, clip_to
 from torchive.ops.points import (
     assign_points,
     boxes_of,
@@ -230,6 +230,14 @@ def fcos_detections(
 def fcos_boxes(raw: dict[str, Tensor]) -> Tensor:
     """Boxes (N, A, 4) in pixels, float32, not cut to the image; ``raw`` as of ``fcos_detections``."""
     return boxes_of(raw["distances"].float() * raw["strides"].float()[:, None], raw["points"].float())
+
+
+def scored_points(raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Boxes (N, A, 1, 4) cut to images of one ``size`` (height, width), and scores (N, A, K): the root of class times
+    centerness."""
+    boxes = fcos_boxes(raw)
+    scores = raw["logits"].float().sigmoid() * raw["centerness"].float().sigmoid()[..., None]
+    return clip_to(boxes, size)[:, :, None], scores.sqrt()
 
 
 def level_detections(

@@ -17,6 +17,7 @@ from torchvision.ops import box_iou
 
 from torchive.ops.anchors import default_scales, default_shapes
 from torchive.ops.boxes import code_iou, decode_boxes, encode_boxes
+from torchive.ops.images import side_factors
 from torchive.ops.matching import hard_negatives, match_default_boxes
 from torchive.structures import Detections
 
@@ -181,6 +182,19 @@ def multibox_loss(
     }
 
 
+def scored_multibox(raw: dict[str, Tensor], size: Sequence[int], *, mode: Mode = "softmax") -> tuple[Tensor, Tensor]:
+    """As ``decode_multibox``: boxes (N, A, 1, 4) in pixels of images of ``size`` (height, width), scores (N, A, K)."""
+    boxes, scores = _boxes_and_scores(raw, mode)
+    return (boxes * side_factors(boxes.new_ones(1, 2), size)[:, None])[:, :, None], scores
+
+
+def _boxes_and_scores(raw: dict[str, Tensor], mode: Mode) -> tuple[Tensor, Tensor]:
+    """Boxes (N, A, 4) in fractions of the image, and scores (N, A, K)."""
+    boxes = decode_boxes(raw["deltas"].float(), raw["anchors"].float(), WEIGHTS).clamp(0, 1)
+    logits = raw["logits"].float()
+    return boxes, logits.softmax(-1)[..., 1:] if mode == "softmax" else logits.sigmoid()
+
+
 def decode_multibox(
     raw: dict[str, Tensor],
     image_sizes: Sequence[tuple[int, int]],
@@ -202,9 +216,7 @@ def decode_multibox(
         mode: one softmax or K sigmoids.
         score_threshold, candidates, nms_threshold, max_detections: as above.
     """
-    boxes = decode_boxes(raw["deltas"].float(), raw["anchors"].float(), WEIGHTS).clamp(0, 1)  # (N, A, 4), fractions
-    logits = raw["logits"].float()
-    scores = logits.softmax(-1)[..., 1:] if mode == "softmax" else logits.sigmoid()  # (N, A, K)
+    boxes, scores = _boxes_and_scores(raw, mode)
     best, where = scores.transpose(1, 2).topk(min(candidates, scores.shape[1]), dim=2)  # (N, K, candidates)
     labels = torch.arange(1, scores.shape[2] + 1, device=scores.device)[:, None].expand(best.shape[1:])
     found = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import box_iou
 
 from torchive.ops.boxes import clip_boxes, decode_boxes, encode_boxes
-from torchive.ops.images import box_factors
+from torchive.ops.images import box_factors, side_factors
 from torchive.ops.roi import pool_regions
 from torchive.ops.soft_suppression import soft_detections
 from torchive.ops.suppression import best_detections
@@ -207,6 +208,12 @@ def class_boxes(
     boxes = decode_boxes(deltas[:, :, 1:] if deltas.shape[2] > 1 else deltas, proposals, weights)
     sure = (logits.sigmoid() if sigmoid else logits.softmax(-1))[..., 1:]
     return clip_boxes(boxes, raw["sizes"]), torch.where(scores >= 0, sure, -1)
+
+
+def scored_regions(raw: dict[str, Tensor], size: Sequence[int], **coding: Any) -> tuple[Tensor, Tensor]:
+    """``class_boxes``, in pixels of images of one ``size`` (height, width) that went in."""
+    boxes, scores = class_boxes(raw, **coding)
+    return boxes * side_factors(raw["sizes"].to(boxes.dtype), size)[:, None, None], scores
 
 
 def decode_regions(

@@ -21,7 +21,15 @@ from torchive.nn.prior import init_classifier
 from torchive.nn.pyramid import Pyramid
 from torchive.ops.anchors import cell_anchors, grid_anchors
 from torchive.ops.boxes import clip_boxes, code_iou, decode_boxes, encode_boxes
-from torchive.ops.images import batch_images, box_factors, check_images, check_targets, image_sizes, scale_targets
+from torchive.ops.images import (
+    batch_images,
+    box_factors,
+    check_images,
+    check_targets,
+    image_sizes,
+    scale_targets,
+    side_factors,
+)
 from torchive.structures import Detections
 
 NEGATIVE, IGNORED = -1, -2
@@ -62,6 +70,11 @@ class DenseDetector(nn.Module):
             nms_threshold=nms_threshold,
             max_detections=max_detections,
         )
+
+    def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What ``predict`` suppresses: boxes (N, A, 1, 4) in pixels of images of ``size`` (height, width), scores
+        (N, A, K)."""
+        return scored_dense(raw, size)
 
     def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""
@@ -238,6 +251,14 @@ def dense_loss(
     else:
         score, box = score / count.sum().clamp(min=1), box / count.sum().clamp(min=1)
     return {"classification": score.sum(), "localisation": box.sum()}
+
+
+def scored_dense(
+    raw: dict[str, Tensor], size: Sequence[int], *, weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+) -> tuple[Tensor, Tensor]:
+    """Boxes (N, A, 1, 4) in pixels of images of one ``size`` (height, width), scores (N, A, K); as ``decode_dense``."""
+    boxes = clip_boxes(decode_boxes(raw["deltas"].float(), raw["anchors"].float(), weights), raw["sizes"])
+    return (boxes * side_factors(raw["sizes"].float(), size)[:, None])[:, :, None], raw["logits"].float().sigmoid()
 
 
 def decode_dense(

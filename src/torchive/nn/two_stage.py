@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from torchive.nn.regions import scored_regions
 from torchive.ops.images import batch_images, check_images
 
 
@@ -17,6 +18,19 @@ class TwoStage(nn.Module):
     in_channels: int
     image_size: int | None
     strides: tuple[int, ...]
+
+    def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What ``predict`` suppresses: boxes (N, P, K, 4) or (N, P, 1, 4) in pixels of images of ``size`` (height,
+        width), scores (N, P, K)."""
+        return scored_regions(self._final(raw), size, **self._coding())
+
+    def _final(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The raw outputs as ``decode_regions`` takes them."""
+        return raw
+
+    def _coding(self) -> dict[str, Any]:
+        """How class scores and boxes are coded, as options of ``class_boxes``."""
+        return {}
 
     def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""

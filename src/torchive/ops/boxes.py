@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torchvision
@@ -96,6 +97,16 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     """Boxes (N, ..., 4) cut to the images; ``sizes`` (N, 2) are height and width."""
     limits = sizes.to(boxes.dtype)[:, [1, 0, 1, 0]].view(-1, *[1] * (boxes.ndim - 2), 4)
     return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def clip_to(boxes: Tensor, size: Sequence[int]) -> Tensor:
+    """Boxes (N, ..., 4) cut to images of one ``size`` (height, width), whose numbers may be a graph's."""
+    return clip_boxes(boxes, size_tensor(size, boxes)[None])
+
+
+def size_tensor(size: Sequence[int], like: Tensor) -> Tensor:
+    """Height and width (2,) beside ``like``; numbers of a graph are no constants."""
+    return torch.stack([like.new_ones(()) * side for side in size])
 
 
 def keep_after_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:

@@ -25,8 +25,9 @@ def neighbours(segments: Tensor, *, diagonal: bool = False) -> Tensor:
     found = []
     for down, right in _STEPS[: 8 if diagonal else 4]:
         row, column = (y + down).clamp(0, height - 1), (x + right).clamp(0, width - 1)
-        other, inside = (row * width + column).flatten(), ((row == y + down) & (column == x + right)).flatten()
-        found.append(torch.where(inside & (flat[other] == flat), other, own))
+        other = (row * width + column).flatten()
+        step = width * down + right
+        found.append(torch.where((flat[other] == flat) & (other - own == step), other, own))
     return torch.stack(found)
 
 

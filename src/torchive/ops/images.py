@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchive.ops.boxes import size_tensor
+
 
 def check_images(images: Tensor | Sequence[Tensor], channels: int) -> None:
     """Refuse what is neither a list of images (C, H, W) nor a stacked (N, C, H, W) tensor.
@@ -149,6 +151,11 @@ def box_factors(size: Tensor, original: tuple[int, int]) -> Tensor:
     Both are height and width; the result is (4,), for x and y alike.
     """
     return (size.new_tensor(original) / size)[[1, 0, 1, 0]]
+
+
+def side_factors(sizes: Tensor, original: Sequence[int]) -> Tensor:
+    """``box_factors`` (N, 4) of images in a batch of ``sizes`` (N, 2), all of one ``original``; for graphs, too."""
+    return (size_tensor(original, sizes) / sizes)[:, [1, 0, 1, 0]]
 
 
 def check_targets(targets: Sequence[dict[str, Tensor]], count: int, num_classes: int) -> None:

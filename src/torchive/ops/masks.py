@@ -62,10 +62,14 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], *, threshol
     """Masks (D, S, S) of boxes (D, 4) as they lie in an image of ``size``: (D, H, W) bool, values above ``threshold``.
 
     Bilinear, zero outside the box's cells, at the centres of the pixels. Both axes are interpolated on their own, by a
-    matrix product each.
+    matrix product each; on the CPU, where objects are small in their image, only for the window that each has there.
     """
     height, width = size
-    pasted = torch.empty(len(boxes), height, width, dtype=torch.bool, device=masks.device)
+    windows: list[list[int]] = []
+    if masks.is_cpu and threshold >= 0 and not torch.compiler.is_compiling():
+        windows = _windows(boxes, size, masks.shape[1:])
+    make = torch.zeros if windows else torch.empty
+    pasted = make(len(boxes), height, width, dtype=torch.bool, device=masks.device)
     wide = masks.to(torch.promote_types(masks.dtype, torch.float32))
     boxes = boxes.to(wide.dtype)
     step = max(_CHUNK // max(height * width, 1), 1)
@@ -73,8 +77,24 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], *, threshol
         part, box = wide[start : start + step], boxes[start : start + step]
         rows = _hat(box[:, 1], box[:, 3], height, part.shape[1])  # (D, H, S)
         columns = _hat(box[:, 0], box[:, 2], width, part.shape[2])  # (D, W, S)
-        torch.gt(rows @ part @ columns.mT, threshold, out=pasted[start : start + step])
+        if not windows:
+            torch.gt(rows @ part @ columns.mT, threshold, out=pasted[start : start + step])
+            continue
+        for k, (left, top, right, bottom) in enumerate(windows[start : start + step]):
+            window = rows[k, top:bottom] @ part[k] @ columns[k, left:right].T
+            torch.gt(window, threshold, out=pasted[start + k, top:bottom, left:right])
     return pasted
+
+
+def _windows(boxes: Tensor, size: tuple[int, int], cells: Sequence[int]) -> list[list[int]]:
+    """Columns and rows, x, y, x, y, that the cells of each box (D, 4) reach in an image of ``size``; none where they
+    are no small part of all images together."""
+    half = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1e-6) / (2 * boxes.new_tensor([cells[1], cells[0]])) + 0.5
+    ends = torch.cat([(boxes[:, :2] - half).floor(), (boxes[:, 2:] + half).ceil()], 1)
+    limit = ends.new_tensor([size[1], size[0]] * 2)
+    ends = torch.minimum(ends.clamp(min=0), limit).nan_to_num()
+    area = (ends[:, 2:] - ends[:, :2]).clamp(min=0).prod(1).sum()
+    return ends.long().tolist() if 8 * area < len(boxes) * size[0] * size[1] else []
 
 
 def class_map(target: dict[str, Tensor], size: Sequence[int]) -> Tensor:

@@ -44,8 +44,9 @@ def fixed_detections(
     nms_threshold: float = 0.5,
     max_detections: int = 100,
     candidates: int = 2000,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (N, D, 4), labels (N, D) from 1 to K and scores (N, D), highest first; empty rows have score -1 and zeros.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Boxes (N, D, 4), labels (N, D) from 1 to K, scores (N, D), highest first, and rows (N, D) of P; empty ones have
+    score -1 and zeros.
 
     As ``best_detections`` of each image, in shapes that do not depend on the data, so that a further stage can read
     the boxes in an exported file.
@@ -76,4 +77,5 @@ def fixed_detections(
             keep[k, index[kept]] = True
     score, index = score.masked_fill(~keep, -1).topk(min(max_detections, score.shape[1]), 1)
     box, label, there = box.gather(1, index[..., None].expand(-1, -1, 4)), label.gather(1, index) + 1, score >= 0
-    return torch.where(there[..., None], box, 0), torch.where(there, label, 0), score
+    row = torch.where(there, row.gather(1, index), 0)
+    return torch.where(there[..., None], box, 0), torch.where(there, label, 0), score, row

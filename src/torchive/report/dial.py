@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from torchive.report import figures
 from torchive.report.html import RECORDS, REPORT, environment, facts, number_rows, page_values, read_records
-from torchive.report.summary import ARMS, Record, Summary, summarise
+from torchive.report.summary import ARMS, MetricSummary, Record, Summary, summarise
 
 DIAL = "dial.json"
 
@@ -97,7 +97,7 @@ def render_dial(folder: Path) -> str:
             verdict=verdicts.pop() if len(verdicts) == 1 else "it depends",
             levels=Markup(_level_figure(summary)),
             differences=Markup(_difference_figure(summary)),
-            rows=[_row(folder, point) for point in summary.points],
+            rows=[_row(folder, point, [p.summary.deciding for p in summary.points]) for point in summary.points],
             facts=facts(record),
         )
     )
@@ -145,6 +145,6 @@ def _difference_figure(dial: DialSummary) -> str:
     return figures.interval_figure(title, rows, unit=unit.difference_unit) if rows else ""
 
 
-def _row(folder: Path, point: DialPoint) -> Mapping[str, Any]:
+def _row(folder: Path, point: DialPoint, beside: Sequence[MetricSummary]) -> Mapping[str, Any]:
     link = f"{quote(point.folder, safe='=')}/{REPORT}" if (Path(folder) / point.folder / REPORT).exists() else ""
-    return {**number_rows(point.summary.deciding), "value": point.value, "link": link}
+    return {**number_rows(point.summary.deciding, beside), "value": point.value, "link": link}

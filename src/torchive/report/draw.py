@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from torchive.structures import Classification, Detections, Prediction
+from torchive.structures import Classification, Detections, Panoptic, Prediction
 
 #: Colours that stay apart for colour-blind eyes (Okabe and Ito), then more by the golden angle.
 _FIRST = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
@@ -43,7 +43,7 @@ def draw_prediction(
     """The image with the prediction drawn, and the target where one is given.
 
     Args:
-        classes: names; of detections without the background, of segmentations with it.
+        classes: names; of detections without the background, then those of stuff; of segmentations with it.
         target: of the same sample, as ``structures/batch.py`` says.
         threshold: detections below this score are left out.
         smallest: an image whose longer side is shorter is enlarged to it.
@@ -61,6 +61,7 @@ def draw_prediction(
             masks=None if prediction.masks is None else prediction.masks[kept],
             keypoints=None if prediction.keypoints is None else prediction.keypoints[kept],
             truth=None if target is None else target["boxes"],
+            stuff=None if prediction.panoptic is None else _stuff_of(prediction.panoptic),
             smallest=smallest,
         )
     return draw_regions(image, prediction.labels, classes, truth=target, smallest=smallest)
@@ -71,8 +72,11 @@ def draw_target(image: Tensor, target: Any, classes: Sequence[str], *, smallest:
     if target is None:
         return _array(_enlarged(image, smallest)[0])
     if isinstance(target, dict):
+        masks, stuff = target.get("masks"), target.get("semantic")
+        if stuff is not None and masks is not None:
+            stuff = torch.where(masks.bool().any(0), 0, stuff)
         return draw_boxes(
-            image, target["boxes"], target["labels"], classes, masks=target.get("masks"), smallest=smallest
+            image, target["boxes"], target["labels"], classes, masks=masks, stuff=stuff, smallest=smallest
         )
     if isinstance(target, Tensor) and target.ndim == 2:
         return draw_regions(image, target, classes, smallest=smallest)
@@ -105,14 +109,16 @@ def draw_boxes(
     masks: Tensor | None = None,
     keypoints: Tensor | None = None,
     truth: Tensor | None = None,
+    stuff: Tensor | None = None,
     smallest: int = 256,
 ) -> Tensor:
     """Boxes (L, 4) with labels from 1 and scores, masks (L, H, W) as a tint, key points (L, P, 2) as dots, true boxes
-    as thin white lines.
+    as thin white lines; categories (H, W) of stuff as a tint with a legend, 0 and 255 stay clear.
 
     A box too small for its name and score gets the name alone, or nothing; of one class, many boxes get no scores.
     """
     picture, scale = _enlarged(image, smallest)
+    picture, legend = (picture, []) if stuff is None else _with_regions(picture, stuff, classes, first=1)
     if masks is not None and len(masks):
         layers = torch.stack([masks.bool() & (labels == label)[:, None, None] for label in labels.unique()])
         for label, layer in zip(labels.unique().tolist(), layers.any(1), strict=True):
@@ -137,7 +143,7 @@ def draw_boxes(
                 _tag(draw, box, words, colour(label - 1), font)
                 break
     count = f"{classes[0] if len(classes) == 1 else 'objects'}: {len(boxes)}"
-    return _array(_banner(picture, [(count, None)]))
+    return _array(_banner(picture, [(count, None), *legend]))
 
 
 def draw_regions(
@@ -148,14 +154,10 @@ def draw_regions(
     With ``truth`` (H, W) the true regions stand as white outlines.
     """
     picture, _ = _enlarged(image, smallest)
-    present = [k for k in labels.unique().tolist() if 0 < k < 255]
-    for k in present:
-        picture = _tinted(picture, labels == k, colour(k - 1))
+    picture, lines = _with_regions(picture, labels, classes)
     for k in [] if truth is None else [k for k in truth.unique().tolist() if 0 < k < 255]:
         picture = _tinted(picture, truth == k, (255, 255, 255), share=0.0)
-    shares = [f"{_name(classes, k)} {float((labels == k).double().mean()):.0%}" for k in present]
-    lines = [(text, colour(k - 1)) for text, k in zip(shares, present, strict=True)]
-    return _array(_banner(picture, lines[:6] or [("nothing found", None)]))
+    return _array(_banner(picture, lines or [("nothing found", None)]))
 
 
 def grid(pictures: Sequence[Tensor], columns: int = 4, gap: int = 6) -> Tensor:
@@ -210,6 +212,26 @@ def _tinted(picture: Image.Image, where: Tensor, tint: tuple[int, int, int], sha
     pixels[inside] = (1 - share) * pixels[inside] + share * np.array(tint, dtype=np.float32)
     pixels[inside & ~shrunk] = tint
     return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _with_regions(
+    picture: Image.Image, labels: Tensor, classes: Sequence[str], *, first: int = 0
+) -> tuple[Image.Image, list[tuple[str, tuple[int, int, int] | None]]]:
+    """The picture with a tint for each category (H, W) but 0 and 255, and lines for six of them; the names count from
+    ``first``."""
+    present = [k for k in labels.unique().tolist() if 0 < k < 255]
+    for k in present:
+        picture = _tinted(picture, labels == k, colour(k - 1))
+    shares = {k: float((labels == k).double().mean()) for k in present[:6]}
+    return picture, [(f"{_name(classes, k - first)} {share:.0%}", colour(k - 1)) for k, share in shares.items()]
+
+
+def _stuff_of(panoptic: Panoptic) -> Tensor:
+    """The category (H, W) of each pixel of stuff; 0 elsewhere."""
+    table = torch.zeros(max((segment.id for segment in panoptic.segments), default=0) + 1, dtype=torch.int64)
+    for segment in panoptic.segments:
+        table[segment.id] = 0 if segment.isthing else segment.category
+    return table[panoptic.ids.long().cpu()]
 
 
 def _banner(picture: Image.Image, lines: Sequence[tuple[str, tuple[int, int, int] | None]]) -> Image.Image:

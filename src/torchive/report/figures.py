@@ -64,12 +64,13 @@ def paired_figure(metric: MetricSummary, margin: float = 0.0) -> str:
     return str(drawing)
 
 
-def strip(metric: MetricSummary) -> str:
-    """A small interval against zero, for a row of a table."""
+def strip(metric: MetricSummary, beside: Sequence[MetricSummary] = ()) -> str:
+    """A small interval against zero, for a row of a table; on one scale with those of the rows ``beside`` it."""
     if metric.estimate is None:
         return ""
     low, high = metric.estimate.low, metric.estimate.high
-    axis = axis_over([low, high, *metric.differences], 4, 116, include=0.0, pad=0.08)
+    ends = [v for m in (metric, *beside) if m.estimate for v in (m.estimate.low, m.estimate.high, *m.differences)]
+    axis = axis_over(ends, 4, 116, include=0.0, pad=0.08)
     drawing = Drawing(120, 20, f"Interval of {metric.unit.label}", "the interval against zero", "strip")
     drawing.line(axis(0), 1, axis(0), 19, "zero")
     drawing.line(axis(low), 10, axis(high), 10, "interval thin")

@@ -172,8 +172,8 @@ def _seed_rows(metric: MetricSummary) -> list[dict[str, Any]]:
     ]
 
 
-def number_rows(metric: MetricSummary) -> dict[str, Any]:
-    """One metric as the cells of a row."""
+def number_rows(metric: MetricSummary, beside: Sequence[MetricSummary] = ()) -> dict[str, Any]:
+    """One metric as the cells of a row; those ``beside`` it in one unit share the scale of its strip."""
     unit, digits, found = metric.unit, metric.digits, metric.estimate
     interval = f"{unit.difference(found.low, digits)} to {unit.difference(found.high, digits)}" if found else "–"
     word = metric.verdict or "one pair"
@@ -185,7 +185,7 @@ def number_rows(metric: MetricSummary) -> dict[str, Any]:
         "method": unit.value(_mean(metric.method), digits),
         "difference": unit.difference(_mean(metric.differences), digits),
         "interval": interval,
-        "strip": Markup(figures.strip(metric)),
+        "strip": Markup(figures.strip(metric, beside)),
         "verdict": word,
         "css": word,
         "decides": metric.decides,
@@ -196,7 +196,8 @@ def _error_rows(summary: Summary) -> list[dict[str, Any]]:
     """The rows on what a detector gets wrong, under labels that can be read alone."""
     by_name = {metric.unit.name: metric for metric in summary.metrics}
     labels = _FALSE | _MISSED
-    return [{**number_rows(by_name[name]), "label": labels[name]} for name in labels if name in by_name]
+    rows = [by_name[name] for name in labels if name in by_name]
+    return [{**number_rows(metric, rows), "label": labels[metric.unit.name]} for metric in rows]
 
 
 def _cost_row(row: CostRow) -> dict[str, Any]:

@@ -16,25 +16,16 @@ def read_coco(annotations: Path, images: Path) -> Index:
     """Classes are the categories in the order of their ids, labelled from 1. Samples have masks where every object of
     the file, crowds apart, has a segmentation."""
     index = Index("detection", files=[annotations])
-    content = _content(annotations, index)
+    content = content_of(annotations, index)
     if content is None:
         return index
-    categories = sorted((entry for entry in content["categories"] if _named(entry)), key=lambda entry: entry["id"])
+    if any(isinstance(entry, dict) and "segments_info" in entry for entry in content["annotations"]):
+        raise DataError(f"{annotations}: holds panoptic segments; write panoptic:{annotations},IMAGES/,SEGMENTS/")
+    categories = categories_of(content, annotations, index)
     index.classes = tuple(entry["name"] for entry in categories)
     number = {entry["id"]: label + 1 for label, entry in enumerate(categories)}
-    if len(number) != len(content["categories"]):
-        index.fault(annotations, None, "broken", "a category lacks id or name, or two have one id")
-    entries: dict[Any, dict[str, Any]] = {}
-    objects: dict[Any, list[tuple[Any, ...]]] = {}
-    for position, entry in enumerate(content["images"]):
-        named = isinstance(entry, dict) and isinstance(entry.get("file_name"), str)
-        if not named or not isinstance(entry.get("id"), int | str):
-            index.fault(annotations, None, "broken", f"images[{position}] lacks id or file_name")
-        elif entry["id"] in entries:
-            index.fault(annotations, None, "duplicate", f"images[{position}] has the id {entry['id']} of another image")
-        else:
-            entries[entry["id"]] = entry
-            objects[entry["id"]] = []
+    entries = images_of(content, annotations, index)
+    objects: dict[Any, list[tuple[Any, ...]]] = {key: [] for key in entries}
     ids: set[Any] = set()
     for position, entry in enumerate(content["annotations"]):
         found = _object(position, entry, entries, number, ids, annotations, index)
@@ -60,7 +51,8 @@ def read_coco(annotations: Path, images: Path) -> Index:
     return index
 
 
-def _content(file: Path, index: Index) -> dict[str, Any] | None:
+def content_of(file: Path, index: Index) -> dict[str, Any] | None:
+    """The parsed file, whose images, annotations and categories are lists, or None after noting its fault."""
     try:
         content = json.loads(read_text(file))
     except json.JSONDecodeError as error:
@@ -79,6 +71,28 @@ def _content(file: Path, index: Index) -> dict[str, Any] | None:
             index.fault(file, None, "broken", f"not COCO annotations: {key} is not a list")
             return None
     return content
+
+
+def categories_of(content: dict[str, Any], file: Path, index: Index) -> list[dict[str, Any]]:
+    """The categories that have an id of their own and a name, by id; a fault where others do not."""
+    named = {entry["id"]: entry for entry in content["categories"] if _named(entry)}
+    if len(named) != len(content["categories"]):
+        index.fault(file, None, "broken", "a category lacks id or name, or two have one id")
+    return [named[key] for key in sorted(named)]
+
+
+def images_of(content: dict[str, Any], file: Path, index: Index) -> dict[Any, dict[str, Any]]:
+    """The images by id; a fault for each that lacks id or file name, or has the id of another."""
+    found: dict[Any, dict[str, Any]] = {}
+    for position, entry in enumerate(content["images"]):
+        named = isinstance(entry, dict) and isinstance(entry.get("file_name"), str)
+        if not named or not isinstance(entry.get("id"), int | str):
+            index.fault(file, None, "broken", f"images[{position}] lacks id or file_name")
+        elif entry["id"] in found:
+            index.fault(file, None, "duplicate", f"images[{position}] has the id {entry['id']} of another image")
+        else:
+            found[entry["id"]] = entry
+    return found
 
 
 def _named(entry: Any) -> bool:

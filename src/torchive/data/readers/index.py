@@ -40,9 +40,26 @@ class Objects:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """The segments of one image: a picture of their ids, and of each its id, its category, 1 to ``things`` for an
+    object and above that for what else there is, and whether it is a crowd."""
+
+    picture: Path
+    ids: tuple[int, ...]
+    categories: tuple[int, ...]
+    crowd: tuple[bool, ...]
+    things: int
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Those of the objects, as ``Objects.labels``."""
+        return tuple(category for category in self.categories if category <= self.things)
+
+
+@dataclass(frozen=True)
 class Record:
-    """One sample: where its image is, its target as annotated (a label, ``Objects`` or a mask's path), and where that
-    stands."""
+    """One sample: where its image is, its target as annotated (a label, ``Objects``, ``Segments`` or a mask's path),
+    and where that stands."""
 
     id: str
     image: Path
@@ -56,8 +73,8 @@ class Record:
 class Index:
     """Everything of one source.
 
-    ``files`` are the annotation files read, ``channels`` the landmarks of all classes, ``notes`` what is no fault but
-    should be known before a training.
+    ``files`` are the annotation files read, ``channels`` the landmarks of all classes, ``stuff`` names what regions
+    without objects are, ``notes`` what is no fault but should be known before a training.
     """
 
     task: str
@@ -67,6 +84,7 @@ class Index:
     files: list[Path] = field(default_factory=list)
     masks: bool = False
     channels: int = 0
+    stuff: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
     def fault(self, file: Path | str, line: int | None, kind: str, message: str, sample: str | None = None) -> None:

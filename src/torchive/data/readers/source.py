@@ -13,6 +13,7 @@ from torchive.data.readers.deepfashion2 import read_deepfashion2
 from torchive.data.readers.folder import read_folder
 from torchive.data.readers.index import Index
 from torchive.data.readers.masks import read_masks
+from torchive.data.readers.panoptic import read_panoptic
 from torchive.data.readers.table import read_table
 from torchive.data.readers.voc import read_voc
 
@@ -20,6 +21,7 @@ _READERS: dict[str, tuple[int, Callable[..., Index]]] = {
     "folder": (1, read_folder),
     "csv": (1, read_table),
     "coco": (2, read_coco),
+    "panoptic": (3, read_panoptic),
     "voc": (1, read_voc),
     "masks": (2, read_masks),
     "deepfashion2": (1, read_deepfashion2),
@@ -28,6 +30,7 @@ _USAGE = {
     "folder": "folder:PATH",
     "csv": "csv:FILE.csv",
     "coco": "coco:ANNOTATIONS.json,IMAGES/",
+    "panoptic": "panoptic:ANNOTATIONS.json,IMAGES/,SEGMENTS/",
     "voc": "voc:PATH",
     "masks": "masks:IMAGES/,MASKS/",
     "deepfashion2": "deepfashion2:PATH",
@@ -63,6 +66,9 @@ def parse_source(text: str) -> Source | None:
         paths = tuple(part.strip() for part in rest.split(",")) if wanted > 1 else (rest,)
         if kind == "coco" and len(paths) == 1 and paths[0]:
             paths = (paths[0], str(_images_beside(Path(paths[0]))))
+        if kind == "panoptic" and len(paths) < 3 and paths[0]:
+            stem = Path(paths[0])  # as COCO lays them out: the pictures in a folder of the file's name
+            paths = (paths[0], paths[1] if len(paths) > 1 else str(_images_beside(stem)), str(stem.with_suffix("")))
         if kind == "masks" and len(paths) == 1 and paths[0]:
             paths = (str(Path(paths[0]) / "images"), str(Path(paths[0]) / "masks"))
         if len(paths) != wanted or not all(paths):
@@ -113,9 +119,10 @@ def read_index(source: Source, splits: tuple[str, ...]) -> Index:
             continue
         part = _read(reader, paths)
         if whole is None:
-            whole = Index(part.task, part.classes, masks=part.masks, channels=part.channels)
-        if part.classes and part.classes != whole.classes:
-            raise DataError(f"{paths[0]}: its classes {part.classes} are not those of the other splits {whole.classes}")
+            whole = Index(part.task, part.classes, masks=part.masks, channels=part.channels, stuff=part.stuff)
+        own, others = ((*index.classes, *index.stuff) for index in (part, whole))
+        if part.classes and own != others:
+            raise DataError(f"{paths[0]}: its classes {own} are not those of the other splits {others}")
         whole.records += [replace(entry, id=f"{split}/{entry.id}", split=split) for entry in part.records]
         whole.faults += [replace(f, sample=f.sample and f"{split}/{f.sample}") for f in part.faults]
         whole.files += part.files

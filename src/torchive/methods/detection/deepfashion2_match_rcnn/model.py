@@ -224,7 +224,7 @@ class MatchRCNN(DetectsInForward):
         count = raw["proposals"].shape[1]
         raw["class_logits"], raw["box_deltas"] = (part.unflatten(0, (-1, count)) for part in (logits, deltas))
         raw["sizes"] = sizes
-        raw["boxes"], raw["labels"], raw["scores"] = fixed_detections(*class_boxes(raw), **options)
+        raw["boxes"], raw["labels"], raw["scores"], _ = fixed_detections(*class_boxes(raw), **options)
 
         def run(boxes: Tensor, image: Tensor, labels: Tensor) -> list[Tensor]:
             return self._details(pool_regions(used, strides, boxes, image, size=_SIZE), boxes, labels)

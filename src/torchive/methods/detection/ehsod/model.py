@@ -160,8 +160,7 @@ class EHSOD(TwoStage):
         self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
     ) -> list[Detections]:
         """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
-        final = {**raw, "proposals": raw["boxes"], "box_deltas": torch.zeros_like(raw["boxes"])}
-        return decode_regions(final, image_sizes, **options)
+        return decode_regions(self._final(raw), image_sizes, **options)
 
     def predict(
         self,
@@ -179,6 +178,9 @@ class EHSOD(TwoStage):
             nms_threshold=nms_threshold,
             max_detections=max_detections,
         )
+
+    def _final(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**raw, "proposals": raw["boxes"], "box_deltas": torch.zeros_like(raw["boxes"])}
 
     def _map_losses(
         self,

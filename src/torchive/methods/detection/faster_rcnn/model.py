@@ -176,7 +176,7 @@ class FasterRCNN(TwoStage):
         self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
     ) -> list[Detections]:
         """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
-        return decode_regions(raw, image_sizes, sigmoid=self.sigmoid, **options)
+        return decode_regions(raw, image_sizes, **self._coding(), **options)
 
     def predict(
         self,
@@ -195,6 +195,9 @@ class FasterRCNN(TwoStage):
             nms_threshold=nms_threshold,
             max_detections=max_detections,
         )
+
+    def _coding(self) -> dict[str, Any]:
+        return {"sigmoid": self.sigmoid}
 
     def _propose(self, x: Tensor, condition: Tensor | None) -> tuple[list[Tensor], dict[str, Tensor]]:
         if condition is not None and condition.shape != (len(x), self.condition_channels):

@@ -164,7 +164,7 @@ class GuidedAnchoring(TwoStage):
         first = self.roi_heads is None
         defaults = {"score_threshold": 0.0 if first else 0.05, "nms_threshold": 0.7 if first else 0.5}
         given = {name: value for name, value in options.items() if value is not None}
-        return decode_regions(raw, image_sizes, weights=REGION_CODE, **{**defaults, **given})
+        return decode_regions(raw, image_sizes, **self._coding(), **{**defaults, **given})
 
     def predict(
         self,
@@ -186,6 +186,9 @@ class GuidedAnchoring(TwoStage):
             nms_threshold=nms_threshold,
             max_detections=max_detections,
         )
+
+    def _coding(self) -> dict[str, Any]:
+        return {"weights": REGION_CODE}
 
     def _propose(self, maps: Sequence[Tensor], *, everywhere: bool) -> dict[str, Tensor]:
         raw: dict[str, Tensor] = (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchive.methods.detection.light_head_rcnn.thin_map import LargeSeparableConv
 from torchive.nn.network import build_features
 from torchive.nn.region_proposals import RegionProposals
-from torchive.nn.regions import RegionStage, decode_regions, image_of, sample_regions
+from torchive.nn.regions import RegionStage, decode_regions, image_of, sample_regions, scored_regions
 from torchive.nn.thin_regions import ProposalHead, ThinRegionStage, hard_region_loss
 from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
 from torchive.structures import Detections
@@ -178,6 +178,11 @@ class LightHeadRCNN(nn.Module):
             max_detections=max_detections,
             soft_sigma=soft_sigma,
         )
+
+    def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What ``predict`` suppresses: boxes (N, P, K, 4) in pixels of images of ``size`` (height, width), scores
+        (N, P, K)."""
+        return scored_regions(raw, size)
 
     def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""

@@ -15,6 +15,7 @@ from torchive.nn.multibox import (
     decode_multibox,
     match_targets,
     multibox_loss,
+    scored_multibox,
     source_shapes,
     source_steps,
 )
@@ -158,6 +159,11 @@ class NETNet(nn.Module):
             nms_threshold=nms_threshold,
             max_detections=max_detections,
         )
+
+    def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What ``predict`` suppresses: boxes (N, P, 1, 4) in pixels of images of ``size`` (height, width), scores
+        (N, P, K)."""
+        return scored_multibox(raw, size)
 
     def _resize(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
         return stack_resized(inputs, (self.image_size, self.image_size))

@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
-from torchive.nn.multibox import decode_multibox, match_targets, multibox_loss, source_shapes, source_steps
+from torchive.nn.multibox import (
+    decode_multibox,
+    match_targets,
+    multibox_loss,
+    scored_multibox,
+    source_shapes,
+    source_steps,
+)
 from torchive.nn.multibox_sources import PyramidSources, VGGSources
 from torchive.nn.prior import init_classifier
 from torchive.ops.anchors import default_boxes
@@ -174,6 +181,11 @@ class SSD(nn.Module):
             nms_threshold=nms_threshold,
             max_detections=max_detections,
         )
+
+    def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What ``predict`` suppresses: boxes (N, P, 1, 4) in pixels of images of ``size`` (height, width), scores
+        (N, P, K)."""
+        return scored_multibox(raw, size, mode=self.classification)
 
     def _resize(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
         return stack_resized(inputs, (self.image_size, self.image_size))

@@ -12,7 +12,7 @@ from torchive.methods.detection.thundernet.modules import ContextEnhancement, Pr
 from torchive.methods.detection.thundernet.snet import SNet
 from torchive.nn.network import build_features
 from torchive.nn.region_proposals import RegionProposals, rpn_loss
-from torchive.nn.regions import decode_regions, image_of, region_loss, sample_regions
+from torchive.nn.regions import decode_regions, image_of, region_loss, sample_regions, scored_regions
 from torchive.nn.thin_regions import HardestAnchors, ProposalHead, ThinRegionStage, hard_region_loss
 from torchive.ops.boxes import encode_boxes
 from torchive.ops.images import (
@@ -205,6 +205,11 @@ class ThunderNet(nn.Module):
             max_detections=max_detections,
             soft_sigma=soft_sigma,
         )
+
+    def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What ``predict`` suppresses: boxes (N, P, K, 4) in pixels of images of ``size`` (height, width), scores
+        (N, P, K)."""
+        return scored_regions(raw, size)
 
     def _batch(self, inputs: Tensor | Sequence[Tensor], side: int | None) -> tuple[Tensor, Tensor]:
         """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""

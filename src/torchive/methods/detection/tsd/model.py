@@ -165,7 +165,10 @@ class TSD(TwoStage):
         self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
     ) -> list[Detections]:
         """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
-        return decode_regions({**raw, "proposals": raw["moved"]}, image_sizes, **options)
+        return decode_regions(self._final(raw), image_sizes, **options)
+
+    def _final(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**raw, "proposals": raw["moved"]}
 
     def predict(
         self,

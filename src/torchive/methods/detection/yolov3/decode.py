@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor
 
 from torchive.methods.detection.yolov3.loss import Coding
-from torchive.ops.boxes import clip_boxes, decode_boxes, decode_cells
+from torchive.ops.boxes import clip_boxes, clip_to, decode_boxes, decode_cells
 from torchive.ops.images import fit_boxes
 from torchive.structures import Detections
 
@@ -20,6 +20,18 @@ def boxes_of(deltas: Tensor, anchors: Tensor, strides: Tensor, coding: Coding = 
         return decode_boxes(deltas, anchors)
     places = deltas[..., :2].sigmoid() if coding == "logistic" else deltas[..., :2]
     return decode_cells(places, deltas[..., 2:], anchors, strides)
+
+
+def scored_cells(raw: dict[str, Tensor], size: Sequence[int], coding: Coding = "logistic") -> tuple[Tensor, Tensor]:
+    """Boxes (N, A, 1, 4) cut to a canvas of ``size`` (height, width), and objectness times class (N, A, K)."""
+    boxes, scores = _boxes_and_scores(raw, coding)
+    return clip_to(boxes, size)[:, :, None], scores
+
+
+def _boxes_and_scores(raw: dict[str, Tensor], coding: Coding) -> tuple[Tensor, Tensor]:
+    """Boxes (N, A, 4) in pixels of the canvas, and objectness times class (N, A, K)."""
+    boxes = boxes_of(raw["deltas"].float(), raw["anchors"].float(), raw["strides"].float(), coding)
+    return boxes, raw["objectness"].float().sigmoid()[..., None] * raw["logits"].float().sigmoid()
 
 
 def decode(
@@ -37,8 +49,7 @@ def decode(
     The score is objectness times class; the ``candidates`` best pairs of box and class above the threshold;
     suppression within each class.
     """
-    boxes = boxes_of(raw["deltas"].float(), raw["anchors"].float(), raw["strides"].float(), coding)  # (N, A, 4)
-    scores = raw["objectness"].float().sigmoid()[..., None] * raw["logits"].float().sigmoid()  # (N, A, K)
+    boxes, scores = _boxes_and_scores(raw, coding)
     best, where = scores.flatten(1).topk(min(candidates, scores[0].numel()), dim=1)  # (N, candidates)
     canvas = (int(raw["canvas"][0]), int(raw["canvas"][1]))
     found = []

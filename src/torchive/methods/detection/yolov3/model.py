@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchive.methods.detection.yolov3.darknet import Darknet53, TinyDarknet
-from torchive.methods.detection.yolov3.decode import boxes_of, decode
+from torchive.methods.detection.yolov3.decode import boxes_of, decode, scored_cells
 from torchive.methods.detection.yolov3.loss import Coding, assign, owners, yolo_loss
 from torchive.methods.detection.yolov3.neck import Neck
 from torchive.nn.network import build_features
@@ -176,6 +176,10 @@ class YOLOv3(nn.Module):
             nms_threshold=nms_threshold,
             max_detections=max_detections,
         )
+
+    def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What ``predict`` suppresses: boxes (N, A, 1, 4) in pixels of the canvas, of ``size``, scores (N, A, K)."""
+        return scored_cells(raw, size, self.coding)
 
     def _framed(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
         return letterbox(inputs, (self.image_size, self.image_size))

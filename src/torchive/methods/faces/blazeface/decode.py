@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from torchive.ops.boxes import clip_boxes, keep_after_nms
+from torchive.ops.boxes import clip_boxes, clip_to, keep_after_nms
 from torchive.ops.images import fit_boxes
 from torchive.structures import Detections
 
@@ -102,6 +102,54 @@ def decode(
         box = clip_boxes(shape[None, :, :4], shape.new_tensor([size]))[0]
         found.append(Detections(box, label, score, keypoints=shape[:, 4:].unflatten(1, (-1, 2))))
     return found
+
+
+def fixed_faces(
+    raw: dict[str, Tensor],
+    size: Sequence[int],
+    *,
+    score_threshold: float = 0.05,
+    candidates: int = 200,
+    overlap: float = 0.3,
+    max_detections: int = 100,
+) -> dict[str, Tensor]:
+    """As ``decode`` with "top" blending, in shapes that do not depend on the data, for a canvas of ``size``.
+
+    ``boxes`` (N, D, 4) in pixels, ``labels`` and ``scores`` (N, D), -1 in empty rows, ``keypoints`` (N, D, P, 2).
+    """
+    shapes = shapes_of(raw["deltas"].float(), raw["anchors"].float())  # (N, A, 4 + 2 P)
+    scores = raw["logits"].float().clamp(-CLIP, CLIP).sigmoid()  # (N, A, K)
+    images, classes = scores.shape[0], scores.shape[2]
+    score, index = scores.flatten(1).topk(min(candidates, scores.shape[1] * classes), 1)  # (N, M)
+    row = torch.div(index, classes, rounding_mode="floor")
+    group = torch.arange(images, device=index.device)[:, None] * classes + index % classes
+    shape = shapes.gather(1, row[..., None].expand(-1, -1, shapes.shape[2]))
+    sure = (score > score_threshold) & (shape[..., 2:4] > shape[..., :2]).all(-1)
+    score = score.masked_fill(~sure, -1)
+    kept = keep_after_nms(shape[..., :4].flatten(0, 1), score.flatten(), group.flatten(), overlap).view_as(sure) & sure
+    pairs = (group[:, :, None] == group[:, None]) & sure[:, None]
+    near = kept[:, :, None] & (
+        (pairs & (_overlaps(shape[..., :4]) > overlap)) | torch.eye(score.shape[1], device=score.device).bool()
+    )
+    weight = (near & (near.cumsum(1) == 1)) * score[:, None]  # of each shape the first that suppression keeps
+    mean = weight @ shape / weight.sum(2, keepdim=True).clamp(min=1e-12)
+    best, place = score.masked_fill(~kept, -1).topk(min(max_detections, score.shape[1]), 1)
+    there = best >= 0
+    found = torch.where(there[..., None], mean.gather(1, place[..., None].expand(-1, -1, mean.shape[2])), 0)
+    return {
+        "boxes": clip_to(found[..., :4], size),
+        "labels": torch.where(there, index.gather(1, place) % classes + 1, 0),
+        "scores": best,
+        "keypoints": found[..., 4:].unflatten(2, (-1, 2)),
+    }
+
+
+def _overlaps(boxes: Tensor) -> Tensor:
+    """IoU (N, M, M) of boxes (N, M, 4) with each other."""
+    one, other = boxes[:, :, None], boxes[:, None]
+    sides = (torch.minimum(one[..., 2:], other[..., 2:]) - torch.maximum(one[..., :2], other[..., :2])).clamp(min=0)
+    both, area = sides.prod(-1), (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+    return both / (area[:, :, None] + area[:, None] - both)
 
 
 def _fitted(values: Tensor, size: tuple[int, int], canvas: tuple[int, int]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchive.methods.faces.blazeface.decode import Blending, decode
+from torchive.methods.faces.blazeface.decode import Blending, decode, fixed_faces
 from torchive.methods.faces.blazeface.loss import joined, points_of, shape_losses
 from torchive.methods.faces.blazeface.network import LAYOUTS, BlazeBlock, BlazeNet, Norm
 from torchive.nn.multibox import classification_loss, match_targets, per_positive
@@ -182,6 +182,10 @@ class BlazeFace(nn.Module):
     ) -> list[Detections]:
         """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
         return decode(raw, image_sizes, **options)
+
+    def decoded(self, raw: dict[str, Tensor], size: Sequence[int], **options: Any) -> dict[str, Tensor]:
+        """Faces of framed images in fixed shapes, as ``fixed_faces``; for export."""
+        return fixed_faces(raw, size, **options)
 
     def predict(
         self,

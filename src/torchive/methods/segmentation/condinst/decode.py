@@ -59,8 +59,9 @@ def mask_scores(
 ) -> Iterator[Tensor]:
     """Scores (., H, W) of the masks of the locations ``rows`` (D,) of one image, some masks at a time."""
     features = raw["features"][image].float()
-    for row in rows.split(max(_PIXELS // (size[0] * size[1]), 1)):
+    for row in rows.split(max(_PIXELS // (size[0] * size[1]), 1)) if len(rows) else ():
         filters, points, reach = (value[row].float() for value in (raw["filters"][image], raw["points"], raw["reach"]))
-        logits = head(features, filters, points, reach, stride)
+        logits = head(features, filters, points, reach, stride).transpose(0, 1)
+        logits = logits.contiguous(memory_format=torch.channels_last)  # all objects at a time
         scores = aligned_bilinear(logits, stride // mask_stride).sigmoid()
-        yield aligned_bilinear(scores, mask_stride)[:, 0, : size[0], : size[1]]
+        yield aligned_bilinear(scores, mask_stride)[0, :, : size[0], : size[1]]

@@ -14,7 +14,16 @@ from torchive.methods.segmentation.condinst.mask_branch import MaskBranch, Seman
 from torchive.methods.segmentation.condinst.mask_head import DynamicMaskHead
 from torchive.methods.segmentation.condinst.upsampling import aligned_bilinear
 from torchive.nn.dice import mask_dice
-from torchive.nn.fcos import FCOSHead, fcos_loss, flat_rows, init_conv, interest_of, lay_points, match_points
+from torchive.nn.fcos import (
+    FCOSHead,
+    fcos_loss,
+    flat_rows,
+    init_conv,
+    interest_of,
+    lay_points,
+    match_points,
+    scored_points,
+)
 from torchive.nn.pyramid import Pyramid
 from torchive.ops.images import check_images, check_targets, image_sizes, pad_batch
 from torchive.ops.masks import check_masks
@@ -187,6 +196,11 @@ class CondInst(nn.Module):
         else:
             raw["filters"] = self.filters.expand(*raw["centerness"].shape, -1)
         return raw
+
+    def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What ``predict`` suppresses: boxes (N, A, 1, 4) in pixels of images of ``size`` (height, width), scores
+        (N, A, K), the root of class times centerness."""
+        return scored_points(raw, size)
 
     def _mask_loss(self, raw: dict[str, Tensor], match: Tensor, targets: Sequence[dict[str, Tensor]]) -> Tensor:
         image, place = torch.nonzero(match >= 0, as_tuple=True)  # (P,)

@@ -202,7 +202,7 @@ class HTC(DetectsInForward):
         found = self.boxes(features.for_boxes, raw["proposals"], sizes)
         raw |= {key: found[key] for key in ("stage_logits", "stage_boxes")}
         scores = found["class_logits"].to(found["boxes"].dtype).softmax(-1)[..., 1:]  # (N, P, K)
-        raw["boxes"], raw["labels"], raw["scores"] = fixed_detections(
+        raw["boxes"], raw["labels"], raw["scores"], _ = fixed_detections(
             found["boxes"][:, :, None],
             torch.where(raw["proposal_scores"][..., None] >= 0, scores, -1),
             **options,

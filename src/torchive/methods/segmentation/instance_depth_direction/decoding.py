@@ -57,7 +57,7 @@ def read_fields(raw: dict[str, Tensor], categories: Tensor) -> tuple[Fields, Ten
     else:
         vectors = vectors / vectors.norm(dim=0).clamp(min=1)
     vectors = vectors * (category > 0)
-    depth = wide["depth"][1:].argmax(0) if "depth" in wide else torch.zeros_like(label)
+    depth = wide["depth"][1:].max(0).indices if "depth" in wide else torch.zeros_like(label)
     return Fields(vectors, category, depth), label, certainty
 
 

@@ -130,9 +130,13 @@ def fuse(ids: Tensor, fields: Fields, centres: Centres, *, bias: float, depth_ga
     area = area.index_add(0, flat, torch.ones_like(flat, dtype=area.dtype))
     sums = area.new_zeros(2, count + 1).index_add(1, flat, fields.directions.flatten(1))
     mean = (sums / area.clamp(min=1))[:, 1:].T  # (M, 2)
-    other = flat[neighbours(torch.zeros_like(ids), diagonal=True)]  # (8, H W)
-    meets = (other != flat) & (other > 0) & (flat > 0)
-    pair = torch.where(meets, flat * (count + 1) + other, 0).flatten()
+    beside = neighbours(torch.zeros_like(ids), diagonal=True)
+    own = flat
+    if not torch.compiler.is_compiling():
+        beside, own = beside[:, flat > 0], flat[flat > 0]
+    other = flat[beside]  # (8, P)
+    meets = (other != own) & (other > 0) & (own > 0)
+    pair = torch.where(meets, own * (count + 1) + other, 0).flatten()
     pair = pair if torch.compiler.is_compiling() else pair[pair > 0]
     contact = area.new_zeros((count + 1) * (count + 1)).index_add(0, pair, torch.ones_like(pair, dtype=area.dtype))
     border = contact.view(count + 1, count + 1)[1:, 1:]
@@ -141,8 +145,7 @@ def fuse(ids: Tensor, fields: Fields, centres: Centres, *, bias: float, depth_ga
     fits = (border > 0) & ahead & (centres.category[:, None] == centres.category)
     fits &= ((centres.depth[:, None] - centres.depth).abs() <= depth_gap) & (mean.norm(dim=1, keepdim=True) > bias)
     most, target = torch.where(fits, border, 0).max(1)
-    own = torch.arange(count, device=ids.device)
-    joined = roots(torch.where(most > 0, target, own))
+    joined = roots(torch.where(most > 0, target, torch.arange(count, device=ids.device)))
     return torch.cat([joined.new_zeros(1), joined + 1])[ids]
 
 

@@ -85,8 +85,9 @@ def _matched(score: Tensor, members: Tensor, kind: Tensor, box: Tensor, part: Te
     found = torch.fft.irfft2((fields * kernels.conj()).sum(1), s=size)  # (P, h, w)
     # a template's middle lies at ``reach``, its corner at zero, which the roll makes good
     found = found.roll((reach[0], reach[1]), (1, 2))[:, :height, :width]
-    mine = kind[None] == part[:, None, None]
-    return torch.where(mine.any(0), found.gather(0, mine.to(torch.uint8).argmax(0)[None])[0], score)
+    for name, value in zip(part, found, strict=True):
+        score = torch.where(kind == name, value, score)
+    return score
 
 
 def find_centres(

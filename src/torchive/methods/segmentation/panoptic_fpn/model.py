@@ -235,7 +235,7 @@ class PanopticFPN(DetectsInForward):
         raw["proposals"], raw["proposal_scores"] = proposals, sure
         raw["class_logits"], raw["box_deltas"] = logits.unflatten(0, (-1, count)), deltas.unflatten(0, (-1, count))
         raw["sizes"] = sizes
-        raw["boxes"], raw["labels"], raw["scores"] = fixed_detections(*class_boxes(raw), **options)
+        raw["boxes"], raw["labels"], raw["scores"], _ = fixed_detections(*class_boxes(raw), **options)
         raw["masks"] = detection_masks(
             lambda boxes, image, labels: of_label(self.masks(used, self.strides[:-1], boxes, image), labels).sigmoid(),
             raw["boxes"],

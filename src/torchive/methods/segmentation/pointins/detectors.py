@@ -19,11 +19,12 @@ from torchive.nn.fcos import (
     lay_points,
     level_detections,
     match_points,
+    scored_points,
 )
 from torchive.nn.prior import init_classifier
 from torchive.nn.retinanet import dense_loss, match_anchors
 from torchive.ops.anchors import cell_anchors, grid_anchors
-from torchive.ops.boxes import decode_boxes
+from torchive.ops.boxes import clip_to, decode_boxes
 from torchive.structures import Detections
 
 Targets = Sequence[dict[str, Tensor]]
@@ -48,6 +49,8 @@ class PointDetector(Protocol):
     def boxes(self, raw: dict[str, Tensor]) -> Tensor: ...
 
     def detections(self, raw: dict[str, Tensor], sizes: Sizes, **options: Any) -> list[tuple[Detections, Tensor]]: ...
+
+    def scored(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]: ...
 
 
 class FCOSPoints(nn.Module):
@@ -104,6 +107,10 @@ class FCOSPoints(nn.Module):
     def detections(self, raw: dict[str, Tensor], sizes: Sizes, **options: Any) -> list[tuple[Detections, Tensor]]:
         """As ``fcos_detections``."""
         return fcos_detections(raw, sizes, **options)
+
+    def scored(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As ``scored_points``."""
+        return scored_points(raw, size)
 
 
 class RetinaNetPoints(nn.Module):
@@ -168,3 +175,7 @@ class RetinaNetPoints(nn.Module):
     def detections(self, raw: dict[str, Tensor], sizes: Sizes, **options: Any) -> list[tuple[Detections, Tensor]]:
         """As ``level_detections``; scores are those of the classes."""
         return level_detections(self.boxes(raw), raw["logits"].float().sigmoid(), raw["levels"], sizes, **options)
+
+    def scored(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Boxes (N, A, 1, 4) cut to images of one ``size`` (height, width), and scores (N, A, K)."""
+        return clip_to(self.boxes(raw), size)[:, :, None], raw["logits"].float().sigmoid()

@@ -193,6 +193,11 @@ class PointINS(nn.Module):
         """One ``Detections`` per image, boxes and masks in pixels of the image that went in; options of ``decode``."""
         return self.decode(self(inputs), image_sizes(inputs), **options)
 
+    def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What ``predict`` suppresses: boxes (N, A, 1, 4) in pixels of images of ``size`` (height, width), scores
+        (N, A, K), with FCOS the root of class times centerness."""
+        return self.detector.scored(raw, size)
+
     def _mask_loss(self, raw: dict[str, Tensor], match: Tensor, targets: Sequence[dict[str, Tensor]]) -> Tensor:
         predicted = self.detector.boxes(raw).detach() if self.reference == "predicted" else None
         images, rows, truths = [], [], []

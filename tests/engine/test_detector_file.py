@@ -1,0 +1,168 @@
+"""Detectors with their decoding in one file: the boxes of ``predict``, suppressed by ONNX's own operator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import torchive
+from torchive.engine.detector_file import DetectorWithDecoding, decodes
+from torchive.engine.export import OnnxModel, export_model, gap_to_torch, write_onnx
+from torchive.methods.detection.guided_anchoring import GuidedRetinaNet
+from torchive.nn.retinanet import RetinaNet
+
+SMALL: dict[str, Any] = {"backbone": "timm/mobilenetv3_small_050", "num_classes": 3}
+#: Methods with what makes them small, and how their ``decode`` is asked for hard suppression.
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ssd": ({"image_size": 128}, {}),
+    "netnet": ({"image_size": 128}, {}),
+    "yolov3": ({"image_size": 128}, {}),
+    "condinst": ({"channels": 32}, {}),
+    "pointins": ({"channels": 32}, {}),
+    "faster_rcnn": ({"channels": 32, "hidden": 32}, {}),
+    "light_head_rcnn": ({"hidden": 32}, {}),
+    "thundernet": ({"hidden": 32}, {"soft_sigma": None}),
+    "tsd": ({"channels": 32, "hidden": 32}, {}),
+    "ehsod": ({"channels": 32, "hidden": 32}, {}),
+    "guided_anchoring": ({"channels": 32, "hidden": 32}, {}),
+    "htc": ({"channels": 32, "hidden": 32}, {}),
+    "panoptic_fpn": ({"channels": 32, "hidden": 32, "width": 32}, {}),
+    "deepfashion2_match_rcnn": ({"channels": 32, "hidden": 32, "landmarks": (), "matching": None}, {}),
+}
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """Class scores that differ: random weights of detectors give all positions one score, up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and any(word in name for word in ("cls", "logits", "class")):
+            weight.data += torch.randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5
+    return model.eval()
+
+
+def few(model: nn.Module, raw: dict[str, torch.Tensor], size: tuple[int, int]) -> float:
+    """The threshold that lets 300 pairs of box and class of a batch through."""
+    scores = model.scored_boxes(raw, size)[1].flatten()  # type: ignore[operator]
+    found = float(scores.topk(300).values[-1])
+    return found**2 if "centerness" in raw else found
+
+
+def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    options, hard = METHODS[name]
+    return spread(torchive.create_model(name, **SMALL, **options)), hard
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_the_boxes_are_those_of_predict(name: str) -> None:
+    model, hard = build(name)
+    images = torch.rand(2, 3, 128, 128)
+    with torch.no_grad():
+        raw = model(images)
+        if "labels" not in raw:  # as few candidates as a trained detector has
+            hard = {**hard, "score_threshold": few(model, raw, (128, 128))}
+        wanted = model.decode(raw, [(128, 128)] * 2, **hard)  # type: ignore[operator]
+        got = DetectorWithDecoding(model, score_threshold=hard.get("score_threshold"))(images)
+    assert max(map(len, wanted)) > 3, "nothing to compare"
+    for k, one in enumerate(wanted):
+        there = got["scores"][k] >= 0
+        assert int(there.sum()) == len(one)
+        torch.testing.assert_close(got["scores"][k][there], one.scores, atol=1e-5, rtol=1e-4)
+        # equal scores may come in either order
+        apart = torch.cdist(one.boxes.double(), got["boxes"][k][there].double()) + 1e4 * (
+            one.labels[:, None] != got["labels"][k][there]
+        )
+        assert len(one) == 0 or float(apart.min(1).values.max()) < 1e-3
+        assert bool((got["labels"][k][~there] == 0).all() or "labels" in raw)
+
+
+@pytest.mark.parametrize("name", [n if n == "yolov3" else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
+def test_a_file_gives_the_same_boxes_at_two_sizes(name: str, tmp_path: Path) -> None:
+    import onnx
+
+    model, _ = build(name)
+    side = 256 if name in ("condinst", "pointins") else 128  # a map of one cell would stay one in the file
+    images = torch.rand(2, 3, side, side)
+    with torch.no_grad():
+        raw = model(images)
+        threshold = None if "labels" in raw else few(model, raw, (side, side))
+    whole, path = DetectorWithDecoding(model, score_threshold=threshold).eval(), tmp_path / "detector.onnx"
+    file = OnnxModel(path, write_onnx(whole, images, path))
+    other = (3, 3, 128, 128) if name in ("ssd", "netnet") else (1, 3, side + 64, side + 32)
+    for inputs in (images, torch.rand(other)):
+        assert int((whole(inputs)["scores"] >= 0).sum()) > 3
+        assert gap_to_torch(whole, file, inputs) < 1e-3  # pixels
+    graph = onnx.load(str(path)).graph
+    inside = {node.op_type for node in graph.node}
+    assert "NonMaxSuppression" in inside
+    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
+
+
+@pytest.mark.parametrize("build_one", [RetinaNet, GuidedRetinaNet])
+def test_dense_detectors_of_the_house(build_one: Any) -> None:
+    torch.manual_seed(0)
+    model = spread(build_one(**SMALL, channels=32))
+    images = torch.rand(1, 3, 128, 160)
+    with torch.no_grad():
+        threshold = few(model, model(images), (128, 160))
+        wanted = model.predict(images, score_threshold=threshold)[0]  # type: ignore[operator]
+        got = DetectorWithDecoding(model, score_threshold=threshold)(images)
+    there = got["scores"][0] >= 0
+    assert int(there.sum()) == len(wanted) > 3
+    assert float(torch.cdist(wanted.boxes.double(), got["boxes"][0][there].double()).min(1).values.max()) < 1e-3
+
+
+def test_faces_are_blended_as_in_predict(tmp_path: Path) -> None:
+    """On raw outputs with many overlaps, here and in a file."""
+    torch.manual_seed(0)
+    model = torchive.create_model("blazeface").eval()
+    side = int(model.image_size)  # type: ignore[arg-type]
+    images = torch.rand(2, 3, side, side)
+    with torch.no_grad():
+        raw = model(images)
+    crowded = {**raw, "logits": torch.randn_like(raw["logits"]), "deltas": 4 * torch.randn_like(raw["deltas"])}
+    crowded["deltas"][..., 2:4] = 10 + 30 * torch.rand_like(crowded["deltas"][..., 2:4])
+    got = model.decoded(crowded, (side, side), score_threshold=0.6)  # type: ignore[operator]
+    wanted = model.decode(crowded, [(side, side)] * 2, score_threshold=0.6)  # type: ignore[operator]
+    for k, one in enumerate(wanted):
+        there = got["scores"][k] >= 0
+        assert int(there.sum()) == len(one) > 10
+        torch.testing.assert_close(got["scores"][k][there], one.scores)
+        torch.testing.assert_close(got["boxes"][k][there], one.boxes, atol=1e-3, rtol=0)
+        torch.testing.assert_close(got["keypoints"][k][there], one.keypoints, atol=1e-3, rtol=0)
+
+    class Blending(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            given = {**raw, "deltas": x[..., :16], "logits": x[..., 16:]}
+            found: dict[str, torch.Tensor] = model.decoded(given, (side, side), score_threshold=0.6)  # type: ignore[operator]
+            return found
+
+    path, inputs = tmp_path / "faces.onnx", torch.cat([crowded["deltas"], crowded["logits"]], 2)
+    file = OnnxModel(path, write_onnx(Blending(), inputs, path, dynamic=(0,)))
+    assert gap_to_torch(Blending(), file, inputs) < 1e-3
+    assert gap_to_torch(Blending(), file, inputs[1:]) < 1e-3
+
+
+def test_thresholds_can_be_given_and_others_are_refused(tmp_path: Path) -> None:
+    model, _ = build("yolov3")
+    images = torch.rand(2, 3, 128, 128)
+    with torch.no_grad():
+        kept = DetectorWithDecoding(model, max_detections=7, score_threshold=0.3)(images)
+    assert kept["boxes"].shape == (2, 7, 4)
+    assert bool(((kept["scores"] > 0.3) | (kept["scores"] == -1)).all())
+    assert not decodes(nn.Conv2d(3, 3, 1))
+    with pytest.raises(TypeError, match="Conv2d has no scored_boxes"):
+        DetectorWithDecoding(nn.Conv2d(3, 3, 1))
+
+
+def test_export_writes_both_files(tmp_path: Path) -> None:
+    model, _ = build("yolov3")
+    report = export_model(model, tmp_path, torch.rand(3, 3, 128, 128))
+    assert report.detector is not None
+    assert report.detector.gap < 1e-3
+    assert "decoded" in str(report)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.detector.onnx", "export.json"}
