@@ -272,7 +272,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--data", help=_DATA)
     p.add_argument("--seeds", type=int, help="paired seeds, at least 3; default 5")
     p.add_argument("--budget", help="per run: '400 steps' or '60 s'")
-    p.add_argument("--dial", help="a setting to sweep, such as train.micro_batch=2,4,8,16,32")
+    p.add_argument(
+        "--dial", help="a setting to sweep, such as train.micro_batch=2,4,8; after 'method:' in the method's arm alone"
+    )
     p.add_argument(
         "--margin", type=float, default=0.0, help="the smallest difference of interest, in the metric's unit"
     )

@@ -314,6 +314,36 @@ def test_a_dial_compares_at_each_value(run: Callable[..., Comparison], tmp_path:
     assert parse_dial("a.b = 1, 2") == ("a.b", ["1", "2"])
 
 
+def test_a_dial_of_the_method_alone_trains_the_baseline_once(
+    run: Callable[..., Comparison], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that only the method's arm has, over a number of its own."""
+    import torchive.engine.train as training
+
+    trained: list[str] = []
+    train = training.train
+    monkeypatch.setattr(
+        training, "train", lambda named, *rest, **more: trained.append(named.name) or train(named, *rest, **more)
+    )
+    loss = {"class_path": "torchive.methods.losses.focal_loss.FocalLoss", "init_args": {"variant": "softmax"}}
+    swept: Any = run(
+        tmp_path / "d",
+        dial="method:model.init_args.loss.init_args.gamma=0.5,4",
+        baseline=[],
+        method_overrides={"model": {"init_args": {"loss": loss}}},
+    )
+    assert sum(name.startswith("baseline") for name in trained) == 3
+    assert sum(name.startswith("method") for name in trained) == 6
+    assert "as gamma changes" in str(swept)
+    records = [comparison.record for comparison in swept.comparisons.values()]
+    arms = [record["plan"]["arms"] for record in records]
+    assert arms[0]["baseline"] == arms[1]["baseline"]
+    assert [a["method"]["recipe"]["model"]["init_args"]["loss"]["init_args"]["gamma"] for a in arms] == [0.5, 4]
+    runs = [{r["seed"]: r["test"] for r in record["runs"] if r["arm"] == "baseline"} for record in records]
+    assert runs[0] == runs[1]
+    assert records[1]["plan"]["setting"] == "method:model.init_args.loss.init_args.gamma=4"
+
+
 def test_a_result_enters_the_evidence_and_the_verdict_follows(finished: Comparison, tmp_path: Path) -> None:
     entry = record_comparison(finished, folder=tmp_path)
     metric = finished.summary.deciding

@@ -116,6 +116,24 @@ def test_dense_detectors_of_the_house(build_one: Any) -> None:
     assert float(torch.cdist(wanted.boxes.double(), got["boxes"][0][there].double()).min(1).values.max()) < 1e-3
 
 
+def test_proposals_alone_keep_what_their_predict_keeps() -> None:
+    """Their thresholds are those of proposals, and not of objects."""
+    torch.manual_seed(0)
+    model = torchive.create_model("guided_anchoring", **{**SMALL, "num_classes": 1}, stages=1, channels=32).eval()
+    model.rpn.objectness.weight.data.normal_(std=0.5)  # type: ignore[union-attr, operator]
+    model.rpn.objectness.bias.data.fill_(-4.0)  # type: ignore[union-attr, operator]
+    images = torch.rand(2, 3, 128, 128)
+    with torch.no_grad():
+        wanted = model.predict(images)  # type: ignore[operator]
+        got = DetectorWithDecoding(model)(images)
+    for k, one in enumerate(wanted):
+        there = got["scores"][k] >= 0
+        assert int(there.sum()) == len(one) > 20
+        assert float(one.scores.min()) < 0.05, "a threshold of objects would keep as many"
+        torch.testing.assert_close(got["scores"][k][there], one.scores)
+        torch.testing.assert_close(got["boxes"][k][there], one.boxes, atol=1e-3, rtol=0)
+
+
 def test_faces_are_blended_as_in_predict(tmp_path: Path) -> None:
     """On raw outputs with many overlaps, here and in a file."""
     torch.manual_seed(0)

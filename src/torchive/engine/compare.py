@@ -58,7 +58,8 @@ def compare(
         data: the source for both arms, as ``open_data`` takes it.
         seeds: how many, from 0, or which; at least three. None is five.
         budget: of each run: "400 steps", "60 s", "2 min"; the recipe's by default.
-        dial: a setting to sweep, such as "train.micro_batch=2,4,8"; each value is a comparison of its own.
+        dial: a setting to sweep, such as "train.micro_batch=2,4,8"; each value is a comparison of its own. After
+            "method:" it is changed in the method's arm alone, as in "method:model.init_args.loss.init_args.gamma=1,2".
         overrides: ``key=value`` words for both arms.
         baseline, method_overrides: what makes each arm out of the recipe, instead of the card's (see ``make_arms``).
         margin: the smallest difference of interest, in the metric's unit.

@@ -66,7 +66,9 @@ def decodes(model: nn.Module) -> bool:
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
-    """The thresholds of a model's ``predict``."""
-    known = {"score_threshold": 0.05, "nms_threshold": 0.5, "max_detections": 100}
+    """The thresholds of a model's ``predict``: its ``thresholds`` where they depend on how it was built, else the
+    defaults of the signature."""
     stated = inspect.signature(model.predict).parameters  # type: ignore[arg-type]
-    return {n: stated[n].default if n in stated and stated[n].default is not None else v for n, v in known.items()}
+    names = ("score_threshold", "nms_threshold", "max_detections")
+    signed = {name: stated[name].default for name in names if name in stated}
+    return {**signed, **getattr(model, "thresholds", {})}

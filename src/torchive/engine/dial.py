@@ -1,4 +1,8 @@
-"""A dial: one setting swept over values, a paired comparison at each."""
+"""A dial: one setting swept over values, a paired comparison at each.
+
+Both arms are turned, or the method's alone, where the setting stands after ``method:``; the baseline is then trained
+once for all values.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ from torchive.engine.comparison import REPORT, Comparison
 from torchive.report.summary import SCHEMA
 
 DIAL = "dial.json"
+#: Before a setting that only the method's arm has, or is to be changed in.
+METHOD_ONLY = "method:"
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Sweep:
 
     Attributes:
         folder: of the whole; each value has a folder below it.
-        setting: the dotted name of the swept setting.
+        setting: the dotted name of the swept setting, after ``method:`` where the baseline was left as it is.
         comparisons: value -> comparison, in the order given.
     """
 
@@ -72,14 +78,14 @@ def sweep(
 
     setting, values = parse_dial(dial)
     folder = out or Path("runs") / f"compare-{method}-{_slug(dial)}-{len(seeds)}"
-    turned = {
-        value: tuple(replace(a, recipe=a.recipe.override([f"{setting}={value}"])) for a in arms) for value in values
-    }
+    place = setting.removeprefix(METHOD_ONLY)
+    alone = place != setting
+    turned = {value: [_turned(arm, f"{place}={value}", alone) for arm in arms] for value in values}
     names = {value: _slug(f"{setting}={value}") for value in values}
     folder.mkdir(parents=True, exist_ok=True)
     content = {"schema": SCHEMA, "kind": "dial", "setting": setting, "values": values, "folders": list(names.values())}
     write_atomically(folder / DIAL, json.dumps({**content, "command": command}, indent=1).encode())
-    comparisons = {}
+    comparisons: dict[Any, Comparison] = {}
     for value, (first, second) in turned.items():
         comparisons[value] = run_comparison(
             method,
@@ -92,9 +98,14 @@ def sweep(
             progress=progress,
             record=record,
             setting=f"{setting}={value}",
+            known=comparisons[values[0]] if alone and comparisons else None,
         )
         render_report(folder)
     return Sweep(folder, setting, comparisons)
+
+
+def _turned(arm: Arm, word: str, method_only: bool) -> Arm:
+    return arm if method_only and arm.name == "baseline" else replace(arm, recipe=arm.recipe.override([word]))
 
 
 def _slug(text: str) -> str:

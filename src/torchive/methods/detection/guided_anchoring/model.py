@@ -157,14 +157,19 @@ class GuidedAnchoring(TwoStage):
             )
         return losses
 
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """What ``predict`` takes where it is given None."""
+        if self.roi_heads is None:
+            return {"score_threshold": 0.0, "nms_threshold": 0.7}
+        return {"score_threshold": 0.05, "nms_threshold": 0.5}
+
     def decode(
         self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
     ) -> list[Detections]:
         """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
-        first = self.roi_heads is None
-        defaults = {"score_threshold": 0.0 if first else 0.05, "nms_threshold": 0.7 if first else 0.5}
         given = {name: value for name, value in options.items() if value is not None}
-        return decode_regions(raw, image_sizes, **self._coding(), **{**defaults, **given})
+        return decode_regions(raw, image_sizes, **self._coding(), **{**self.thresholds, **given})
 
     def predict(
         self,
