@@ -13,7 +13,9 @@ import torchive
 from torchive.engine.detector_file import DetectorWithDecoding, decodes
 from torchive.engine.export import OnnxModel, export_model, gap_to_torch, write_onnx
 from torchive.methods.detection.guided_anchoring import GuidedRetinaNet
+from torchive.methods.segmentation.condinst.upsampling import aligned_bilinear
 from torchive.nn.retinanet import RetinaNet
+from torchive.ops.masks import paste_masks
 
 SMALL: dict[str, Any] = {"backbone": "timm/mobilenetv3_small_050", "num_classes": 3}
 #: Methods with what makes them small, and how their ``decode`` is asked for hard suppression.
@@ -114,6 +116,33 @@ def test_dense_detectors_of_the_house(build_one: Any) -> None:
     there = got["scores"][0] >= 0
     assert int(there.sum()) == len(wanted) > 3
     assert float(torch.cdist(wanted.boxes.double(), got["boxes"][0][there].double()).min(1).values.max()) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["condinst", "pointins"])
+def test_masks_come_with_the_boxes(name: str) -> None:
+    """Those of ``predict``, once they are drawn into the image."""
+    model, _ = build(name)
+    size, images = (128, 160), torch.rand(2, 3, 128, 160)
+    with torch.no_grad():
+        raw = model(images)
+        threshold = few(model, raw, size)
+        got = DetectorWithDecoding(model, score_threshold=threshold)(images)
+        level = float(got["masks"][got["scores"] >= 0].median())  # random weights give scores near one number
+        wanted = model.decode(raw, [size] * 2, score_threshold=threshold, mask_threshold=level)  # type: ignore[operator]
+    for k, one in enumerate(wanted):
+        there = got["scores"][k] >= 0
+        assert int(there.sum()) == len(one) > 10
+        apart = torch.cdist(one.boxes.double(), got["boxes"][k][there].double()) + 1e4 * (
+            one.labels[:, None] != got["labels"][k][there]
+        )
+        row = apart.argmin(1)  # equal scores may come in either order
+        masks = got["masks"][k][there][row]
+        if name == "condinst":
+            drawn = aligned_bilinear(masks[None], model.mask_stride)[0, :, : size[0], : size[1]] > level  # type: ignore[arg-type]
+        else:
+            drawn = paste_masks(masks, got["mask_boxes"][k][there][row], size, threshold=level)
+        assert int(drawn.flatten(1).any(1).sum()) > 10, "nothing to compare"
+        assert int((drawn != one.masks).sum()) <= 1e-3 * int(drawn.sum())
 
 
 def test_proposals_alone_keep_what_their_predict_keeps() -> None:

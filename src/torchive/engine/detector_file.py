@@ -16,7 +16,8 @@ class DetectorWithDecoding(nn.Module):
     and ``scores`` (N, D), highest first; empty rows have score -1.
 
     Each class is suppressed on its own, by ONNX's NonMaxSuppression in a file. A detector with masks of its boxes gives
-    these, ``masks`` (N, D, S, S), as well. Whatever the detector's own suppression may be, this one is hard.
+    these, ``masks`` (N, D, S, S), as well, one with ``masks_of`` what that gives, scores that are not set to zero in
+    empty rows. Whatever the detector's own suppression may be, this one is hard.
 
     Args:
         model: with ``scored_boxes``, or one whose ``forward`` suppresses already.
@@ -56,8 +57,9 @@ class DetectorWithDecoding(nn.Module):
         if "centerness" in raw:  # the threshold is of a product, the score its root
             options["score_threshold"] = options["score_threshold"] ** 0.5
         boxes, scores = self.model.scored_boxes(raw, images.shape[2:])  # type: ignore[operator]
-        found, labels, sure, _ = fixed_detections(boxes, scores, candidates=self.candidates, **options)
-        return {"boxes": found, "labels": labels, "scores": sure}
+        found, labels, sure, rows = fixed_detections(boxes, scores, candidates=self.candidates, **options)
+        given = {"boxes": found, "labels": labels, "scores": sure}
+        return given | self.model.masks_of(raw, rows) if hasattr(self.model, "masks_of") else given  # type: ignore[operator]
 
 
 def decodes(model: nn.Module) -> bool:
@@ -69,6 +71,5 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     """The thresholds of a model's ``predict``: its ``thresholds`` where they depend on how it was built, else the
     defaults of the signature."""
     stated = inspect.signature(model.predict).parameters  # type: ignore[arg-type]
-    names = ("score_threshold", "nms_threshold", "max_detections")
-    signed = {name: stated[name].default for name in names if name in stated}
-    return {**signed, **getattr(model, "thresholds", {})}
+    names = ("score_threshold", "max_detections", *(() if hasattr(model, "decoded") else ("nms_threshold",)))
+    return {name: stated[name].default for name in names} | getattr(model, "thresholds", {})

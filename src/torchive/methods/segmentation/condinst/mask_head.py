@@ -43,24 +43,26 @@ class DynamicMaskHead(nn.Module):
         return weights, [b.unsqueeze(-1) for b in parts[self.depth :]]
 
     def forward(self, features: Tensor, parameters: Tensor, points: Tensor, reach: Tensor, stride: int) -> Tensor:
-        """Logits (n, 1, h, w) of n objects in one image.
+        """Logits (*, n, 1, h, w) of n objects in each image.
 
         The objects share the features, and a linear map of the relative place is a part for the column plus one for the
         row; so the first layer is one matrix product for all objects and two sums, and no object needs a copy of the
         features. It equals the grouped convolution of the published code.
 
         Args:
-            features: (C, h, w).
-            parameters: (n, ``parameters_per_object``).
-            points: (n, 2), x and y of the objects' locations in pixels.
-            reach: (n,), pixels that are one unit of the relative coordinates.
+            features: (*, C, h, w), of one image or of a batch.
+            parameters: (*, n, ``parameters_per_object``).
+            points: (*, n, 2), x and y of the objects' locations in pixels.
+            reach: (*, n), pixels that are one unit of the relative coordinates.
             stride: pixels of a cell of the features.
         """
-        weights, biases = self.split(parameters)
-        height, width = features.shape[1:]
+        shape, (height, width) = parameters.shape[:-1], features.shape[-2:]
+        weights, biases = self.split(parameters.flatten(0, -2))
+        points, reach = points.flatten(0, -2), reach.flatten()
         first = weights[0][:, :, 2:] if self.coordinates else weights[0]
-        x = (first.flatten(0, 1) @ features.flatten(1)).unflatten(0, (-1, self.channels))  # (n, c, h * w)
-        x, bias = x.unflatten(2, (height, width)), biases[0]
+        first = first.reshape(*shape[:-1], -1, self.in_channels)  # (*, n * c, C)
+        x = (first @ features.flatten(-2)).reshape(-1, self.channels, height, width)  # all objects of all images
+        bias = biases[0]
         if self.coordinates:
             across, down = (
                 relative_places(size, stride, points[:, k], reach) for k, size in enumerate((width, height))
@@ -71,7 +73,7 @@ class DynamicMaskHead(nn.Module):
         x = x.flatten(2)
         for weight, bias in zip(weights[1:], biases[1:], strict=True):
             x = torch.baddbmm(bias, weight, x.relu_())  # (n, c, h * w), at last (n, 1, h * w)
-        return x.unflatten(2, (height, width))
+        return x.reshape(*shape, 1, height, width)
 
 
 def relative_places(count: int, stride: int, place: Tensor, reach: Tensor) -> Tensor:

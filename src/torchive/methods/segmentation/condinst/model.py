@@ -202,6 +202,18 @@ class CondInst(nn.Module):
         (N, A, K), the root of class times centerness."""
         return scored_points(raw, size)
 
+    def masks_of(self, raw: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        """Scores ``masks`` (N, D, h, w) of the locations ``rows`` (N, D), at ``mask_stride``, of the padded images.
+
+        Pixels of the images are those of ``aligned_bilinear(masks, mask_stride)``, cut to their size.
+        """
+        filters = raw["filters"].gather(1, rows[..., None].expand(-1, -1, raw["filters"].shape[2]))
+        stride = self.strides[0]
+        logits = self.mask_head(
+            raw["features"].float(), filters.float(), raw["points"][rows], raw["reach"][rows], stride
+        )
+        return {"masks": aligned_bilinear(logits[:, :, 0], stride // self.mask_stride).sigmoid()}
+
     def _mask_loss(self, raw: dict[str, Tensor], match: Tensor, targets: Sequence[dict[str, Tensor]]) -> Tensor:
         image, place = torch.nonzero(match >= 0, as_tuple=True)  # (P,)
         row = match[image, place]

@@ -162,41 +162,57 @@ class PointINS(nn.Module):
         raw: dict[str, Tensor],
         image_sizes: Sequence[tuple[int, int]],
         *,
-        score_threshold: float = 0.05,
-        candidates: int = 1000,
-        nms_threshold: float = 0.6,
-        max_detections: int = 100,
         mask_threshold: float = 0.5,
+        **options: Any,
     ) -> list[Detections]:
         """Raw outputs to detections in pixels of ``image_sizes``; a mask is made for each that is left, no other.
 
-        ``score_threshold`` is of the class, with FCOS of class times centerness, whose root is the score given.
+        Options as those of ``predict``.
         """
         boxes = self.detector.boxes(raw)
         found = []
-        chosen = self.detector.detections(
-            raw,
-            image_sizes,
-            score_threshold=score_threshold,
-            candidates=candidates,
-            nms_threshold=nms_threshold,
-            max_detections=max_detections,
-        )
-        for k, (detections, rows) in enumerate(chosen):
+        for k, (detections, rows) in enumerate(self.detector.detections(raw, image_sizes, **options)):
             scores = self.masks(raw, k, rows).float().sigmoid()
             # the mask lies over the box that was predicted, also where that crosses the image's border
             masks = paste_masks(scores, boxes[k, rows], image_sizes[k], threshold=mask_threshold)
             found.append(replace(detections, masks=masks))
         return found
 
-    def predict(self, inputs: Tensor | Sequence[Tensor], **options: Any) -> list[Detections]:
-        """One ``Detections`` per image, boxes and masks in pixels of the image that went in; options of ``decode``."""
-        return self.decode(self(inputs), image_sizes(inputs), **options)
+    def predict(
+        self,
+        inputs: Tensor | Sequence[Tensor],
+        *,
+        score_threshold: float = 0.05,
+        candidates: int = 1000,
+        nms_threshold: float = 0.6,
+        max_detections: int = 100,
+        mask_threshold: float = 0.5,
+    ) -> list[Detections]:
+        """One ``Detections`` per image, boxes and masks in pixels of the image that went in.
+
+        ``score_threshold`` is of the class, with FCOS of class times centerness, whose root is the score given.
+        """
+        return self.decode(
+            self(inputs),
+            image_sizes(inputs),
+            score_threshold=score_threshold,
+            candidates=candidates,
+            nms_threshold=nms_threshold,
+            max_detections=max_detections,
+            mask_threshold=mask_threshold,
+        )
 
     def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """What ``predict`` suppresses: boxes (N, A, 1, 4) in pixels of images of ``size`` (height, width), scores
         (N, A, K), with FCOS the root of class times centerness."""
         return self.detector.scored(raw, size)
+
+    def masks_of(self, raw: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        """Scores ``masks`` (N, D, 2k, 2k) of the points ``rows`` (N, D), and ``mask_boxes`` (N, D, 4), in pixels, over
+        which they lie: boxes that are not cut to the image."""
+        image = torch.arange(rows.shape[0], device=rows.device)[:, None].expand_as(rows)
+        masks = self.masks(raw, image.flatten(), rows.flatten()).float().sigmoid()
+        return {"masks": masks.unflatten(0, rows.shape), "mask_boxes": self.detector.boxes(raw)[image, rows]}
 
     def _mask_loss(self, raw: dict[str, Tensor], match: Tensor, targets: Sequence[dict[str, Tensor]]) -> Tensor:
         predicted = self.detector.boxes(raw).detach() if self.reference == "predicted" else None
