@@ -46,10 +46,12 @@ class DetectorWithDecoding(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         raw = self.model(images)
-        if hasattr(self.model, "decoded"):  # what overlaps is not dropped but blended
+        if hasattr(
+            self.model, "decoded"
+        ):  # what overlaps is not dropped but blended, or there are no boxes to suppress
             kept = {name: value for name, value in self.options.items() if name != "nms_threshold"}
-            blended: dict[str, Tensor] = self.model.decoded(raw, images.shape[2:], **kept)  # type: ignore[operator]
-            return blended
+            grouped: dict[str, Tensor] = self.model.decoded(raw, images.shape[2:], **kept)  # type: ignore[operator]
+            return grouped
         if "labels" in raw:  # suppressed already, under the thresholds of the model
             boxes = raw["boxes"] * side_factors(raw["sizes"].to(raw["boxes"].dtype), images.shape[2:])[:, None]
             return {"boxes": boxes} | {name: raw[name] for name in ("labels", "scores", "masks") if name in raw}
@@ -64,12 +66,20 @@ class DetectorWithDecoding(nn.Module):
 
 def decodes(model: nn.Module) -> bool:
     """Whether a model can be put into ``DetectorWithDecoding``."""
-    return hasattr(model, "scored_boxes") or hasattr(model, "decoded")
+    return hasattr(model, "scored_boxes") or (hasattr(model, "decoded") and images_at_a_time(model) != 0)
+
+
+def images_at_a_time(model: nn.Module) -> int | None:
+    """The batch that a file of a model with its decoding takes, None for any."""
+    size: int | None = getattr(model, "decodes_batches_of", None)
+    return size
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
     """The thresholds of a model's ``predict``: its ``thresholds`` where they depend on how it was built, else the
     defaults of the signature."""
     stated = inspect.signature(model.predict).parameters  # type: ignore[arg-type]
-    names = ("score_threshold", "max_detections", *(() if hasattr(model, "decoded") else ("nms_threshold",)))
+    names: tuple[str, ...] = ("score_threshold", "nms_threshold", "max_detections")
+    if hasattr(model, "decoded"):  # the other defaults are those of ``decoded``
+        names = tuple(name for name in names if name in stated)
     return {name: stated[name].default for name in names} | getattr(model, "thresholds", {})

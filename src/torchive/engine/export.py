@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchive.engine.detector_file import DetectorWithDecoding, decodes
+from torchive.engine.detector_file import DetectorWithDecoding, decodes, images_at_a_time
 from torchive.engine.row_order import rows_in_order
 
 #: The gap up to which a method may be called ``ship``.
@@ -256,7 +256,9 @@ def export_model(
         detector = None
         if decodes(model):
             whole, path = DetectorWithDecoding(model).eval(), Path(out) / f"{name}.detector.onnx"
-            detector = _file_report(whole, path, write_onnx(whole, samples[:2], path), shapes, None)
+            most = images_at_a_time(model)
+            structure = write_onnx(whole, samples[: most or 2], path, dynamic=(0, 2, 3) if most is None else (2, 3))
+            detector = _file_report(whole, path, structure, [images[:most] for images in shapes], None)
         report = ExportReport(onnx, torch_latency, score(model) if score else {}, int8, detector)
     finally:
         model.train(training)

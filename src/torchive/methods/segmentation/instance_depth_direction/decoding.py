@@ -129,7 +129,26 @@ def collect(
     min_area: int = 1,
     max_detections: int = 1000,
 ) -> Instances:
-    """Objects out of a map of ids, the best first.
+    """Objects out of a map of ids, the best first: those of ``rank`` that are there, ``max_detections`` at most."""
+    found = rank(ids, trust, label, certainty, depth, num_classes=num_classes, min_area=min_area)
+    count = min(int((found.scores >= 0).sum()), max_detections)
+    kept = torch.where(found.ids <= count, found.ids, 0)
+    labels = found.labels[:count]
+    semantic = torch.where(kept > 0, torch.cat([labels.new_zeros(1), labels])[kept], label)
+    return Instances(kept, labels, found.scores[:count], found.depths[:count], semantic)
+
+
+def rank(
+    ids: Tensor,
+    trust: Tensor,
+    label: Tensor,
+    certainty: Tensor,
+    depth: Tensor,
+    *,
+    num_classes: int,
+    min_area: int = 1,
+) -> Instances:
+    """As many rows as ``trust`` has, the best first; those without ``min_area`` pixels come last, with score -1.
 
     The label is the most frequent one, the score the mean certainty of the semantic group times ``trust``, the depth
     the mean over the pixels.
@@ -142,7 +161,6 @@ def collect(
         depth: (H, W), distance that each pixel says.
         num_classes: K.
         min_area: pixels below which an object is dropped.
-        max_detections: objects that are kept.
     """
     count, flat = trust.shape[0], ids.flatten()
     values = torch.stack([torch.ones_like(certainty), certainty, depth.to(certainty.dtype)]).flatten(1)
@@ -151,24 +169,28 @@ def collect(
     pair = flat * (num_classes + 1) + torch.where(label <= num_classes, label, 0).flatten()
     votes = votes.scatter_add(0, pair, torch.ones_like(pair)).view(count + 1, -1)[1:, 1:]
     score = torch.where(area >= max(min_area, 1), (sure / area.clamp(min=1)) * trust, -1).clamp(max=1)
-    order = score.argsort(descending=True, stable=True)
-    order = order[score[order] >= 0][:max_detections]
+    exported = torch.compiler.is_compiling()  # ONNX has no stable sort
+    score, order = score.sort(descending=True) if exported else score.sort(descending=True, stable=True)
+    row = torch.arange(1, count + 1, device=ids.device)
     place = torch.zeros(count + 1, dtype=torch.int64, device=ids.device)
-    place[order + 1] = torch.arange(1, len(order) + 1, device=ids.device)
-    kept = place[ids]
+    place = place.scatter(0, order + 1, torch.where(score >= 0, row, 0))
     labels = votes.argmax(1)[order] + 1 if count else order
-    semantic = torch.where(kept > 0, torch.cat([labels.new_zeros(1), labels])[kept], label)
-    return Instances(kept, labels, score[order], (far / area.clamp(min=1))[order], semantic)
+    return Instances(place[ids], labels, score, (far / area.clamp(min=1))[order], label)
 
 
 def detections(found: Instances) -> Detections:
     """The objects as boxes and masks, in pixels of the map of ids."""
     count = len(found.scores)
-    height, width = found.ids.shape
-    flat = found.ids.flatten()
+    masks = found.ids == torch.arange(1, count + 1, device=found.ids.device)[:, None, None]
+    return Detections(boxes_of(found.ids, count).to(found.scores.dtype), found.labels, found.scores, masks)
+
+
+def boxes_of(ids: Tensor, count: int) -> Tensor:
+    """Corners (``count``, 4) of the pixels of each id from 1 in a map (H, W)."""
+    height, width = ids.shape
+    flat = ids.flatten()
     x, y = points_at(torch.arange(height * width, device=flat.device), width).unbind(1)
     ends = []
     for value, start, how in ((x, width, "amin"), (y, height, "amin"), (x, -1, "amax"), (y, -1, "amax")):
         ends.append(flat.new_full((count + 1,), start).scatter_reduce(0, flat, value, how)[1:] + (how == "amax"))
-    masks = found.ids == torch.arange(1, count + 1, device=flat.device)[:, None, None]
-    return Detections(torch.stack(ends, 1).to(found.scores.dtype), found.labels, found.scores, masks)
+    return torch.stack(ends, 1)

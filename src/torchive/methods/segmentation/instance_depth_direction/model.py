@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from torchive.methods.segmentation.instance_depth_direction.decoding import (
     Instances,
+    boxes_of,
     collect,
     detections,
     group_by_centres,
     group_by_contact,
+    rank,
     read_fields,
 )
 from torchive.methods.segmentation.instance_depth_direction.encoding import Encoding, encode
@@ -149,6 +151,16 @@ class InstanceDepthDirection(nn.Module):
         """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
         return [detections(one) for one in self.decode_instances(raw, image_sizes, **options)]
 
+    @property
+    def decodes_batches_of(self) -> int:
+        """Images that ``decoded`` takes at a time: one, and none without centres."""
+        return int(self.decoder.grouping == "centres")
+
+    def decoded(self, raw: dict[str, Tensor], size: Sequence[int], **options: Any) -> dict[str, Tensor]:
+        """Objects of one image of ``size`` (height, width) in fixed shapes, as ``InstanceDecoder``; for export."""
+        found: dict[str, Tensor] = self.decoder({n: v[..., : size[0], : size[1]] for n, v in raw.items()}, **options)
+        return found
+
     def predict(self, inputs: Tensor | Sequence[Tensor], **options: Any) -> list[Detections]:
         """One ``Detections`` per image, boxes and masks in pixels of the image that went in; masks do not overlap.
 
@@ -162,9 +174,9 @@ class InstanceDepthDirection(nn.Module):
 class InstanceDecoder(nn.Module):
     """Logits of one image to its objects; it has no parameters.
 
-    ``forward`` maps a dict of (1, k, H, W), as of ``InstanceDepthDirection.forward``, to ``ids`` (1, H, W), 0 for none,
-    and ``scores`` (1, M) of the ids' centres, in shapes that do not depend on the data, so that
-    ``nn.Sequential(model, model.decoder)`` can be exported for batches of one.
+    ``forward`` maps a dict of (1, k, H, W), as of ``InstanceDepthDirection.forward``, to ``boxes`` (1, M, 4),
+    ``labels`` (1, M) and ``scores`` (1, M), best first, -1 and zeros in empty rows, and ``ids`` (1, H, W), 0 for none,
+    otherwise the row from 1: shapes that do not depend on the data, so that it can be exported, for one image.
 
     Args:
         encoding: directions and depths.
@@ -215,12 +227,29 @@ class InstanceDecoder(nn.Module):
         table = torch.tensor([0, *kinds, *[0] * stuff_classes])
         self.register_buffer("categories", table, persistent=False)
 
-    def forward(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-        fields, *_ = read_fields({name: value[0] for name, value in raw.items()}, self.categories)
-        ids, trust = group_by_centres(
-            fields, self.extent, self.sides, self.largest, nms_radius=self.nms_radius, candidates=self.max_candidates
-        )
-        return {"ids": ids[None], "scores": trust[None]}
+    def forward(
+        self, raw: dict[str, Tensor], *, min_area: int = 1, max_detections: int | None = None, **options: Any
+    ) -> dict[str, Tensor]:
+        if self.grouping != "centres" or raw["semantic"].shape[0] != 1:
+            raise ValueError(
+                f"expected grouping by centres and one image, got {self.grouping} and {raw['semantic'].shape[0]}"
+            )
+        fields, label, certainty = read_fields({name: value[0] for name, value in raw.items()}, self.categories)
+        options = {"nms_radius": self.nms_radius, "candidates": self.max_candidates, **options}
+        ids, trust = group_by_centres(fields, self.extent, self.sides, self.largest, **options)
+        trust = torch.nn.functional.pad(trust, (0, options["candidates"] - trust.shape[0]))
+        depth = self.middles[fields.depths]
+        found = rank(ids, trust, label, certainty, depth, num_classes=self.num_classes, min_area=min_area)
+        there = found.scores >= 0
+        boxes = torch.where(there[:, None], boxes_of(found.ids, len(trust)), 0).to(found.scores.dtype)
+        rows = slice(max_detections)
+        ids = found.ids if max_detections is None else torch.where(found.ids <= max_detections, found.ids, 0)
+        given = {
+            "boxes": boxes[rows],
+            "labels": torch.where(there, found.labels, 0)[rows],
+            "scores": found.scores[rows],
+        }
+        return {name: value[None] for name, value in {**given, "ids": ids}.items()}
 
     def instances(
         self, raw: dict[str, Tensor], *, min_area: int = 1, max_detections: int = 1000, **options: Any
