@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from torchive.report.fonts import font_for
 from torchive.structures import Classification, Detections, Panoptic, Prediction
 
 #: Colours that stay apart for colour-blind eyes (Okabe and Ito), then more by the golden angle.
@@ -127,7 +127,7 @@ def draw_boxes(
     width = max(round(max(picture.size) / 300), 1)
     for box in [] if truth is None else (truth * scale).tolist():
         draw.rectangle(box, outline=(255, 255, 255), width=max(width // 2, 1))
-    font = _font(max(min(picture.size) // 28, 11))
+    font = font_for(" ".join(classes), max(min(picture.size) // 28, 11))
     order = range(len(boxes)) if scores is None else scores.argsort().tolist()  # the best is drawn last, on top
     for index in order:
         box, label = (boxes[index] * scale).tolist(), int(labels[index])
@@ -247,12 +247,12 @@ def _banner(picture: Image.Image, lines: Sequence[tuple[str, tuple[int, int, int
         if tint is not None:
             draw.rectangle((left, top + size // 4, left + size * 3 // 4, top + size), fill=tint)
             left += size + size // 4
-        draw.text((left, top), _fitting(text, size, picture.width - left), fill=_INK, font=_font(size))
+        draw.text((left, top), _fitting(text, size, picture.width - left), fill=_INK, font=font_for(text, size))
     return sheet
 
 
 def _fitting(text: str, size: int, width: int) -> str:
-    font = _font(size)
+    font = font_for(text + "…", size)
     if font.getlength(text) <= width:
         return text
     while len(text) > 1 and font.getlength(text + "…") > width:
@@ -271,8 +271,3 @@ def _tag(draw: ImageDraw.ImageDraw, box: Sequence[float], text: str, tint: tuple
 
 def _name(classes: Sequence[str], index: int) -> str:
     return classes[index] if 0 <= index < len(classes) else f"class {index}"
-
-
-@lru_cache(maxsize=32)
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
