@@ -169,7 +169,7 @@ def test_matches_the_released_code(record, parity) -> None:
         ((found - wanted).abs().max() / wanted.abs().max()).item()
         for found, wanted in ((features.grad, stored["head.gfeatures"]), (filters.grad, stored["head.gparameters"]))
     )
-    assert max(worst.values()) < 2e-6, worst
+    assert max(worst.values()) < 1e-5, worst  # float32: 1e-6 to 3e-6 by the vector units that the CPU has
     record(
         "condinst",
         "matched",
