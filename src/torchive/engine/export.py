@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from torchive.engine.detector_file import DetectorWithDecoding, decodes, images_at_a_time
 from torchive.engine.row_order import rows_in_order
+from torchive.nn.pyramid import Pyramid
 
 #: The gap up to which a method may be called ``ship``.
 GAP = 1e-4
@@ -75,7 +76,7 @@ def _scores(score: dict[str, float]) -> str:
 class OnnxModel:
     """An ONNX file as a callable: image tensors in, what the model's ``forward`` returns out.
 
-    A list of images of one size is taken as a batch; an argument that is None is left out.
+    A list of images is taken as a batch, so they must be of one size; an argument that is None is left out.
 
     Args:
         path: the file.
@@ -243,7 +244,8 @@ def export_model(
     model = model.eval()
     try:
         path = Path(out) / f"{name}.onnx"
-        structure = write_onnx(model, samples[:2], path)
+        example = _roomy(model, samples[:2])
+        structure = write_onnx(model, example, path)
         second = _other_size(samples) if second is None else second
         shapes = [samples, second]
         onnx = _file_report(model, path, structure, shapes, score)
@@ -257,7 +259,7 @@ def export_model(
         if decodes(model):
             whole, path = DetectorWithDecoding(model).eval(), Path(out) / f"{name}.detector.onnx"
             most = images_at_a_time(model)
-            structure = write_onnx(whole, samples[: most or 2], path, dynamic=(0, 2, 3) if most is None else (2, 3))
+            structure = write_onnx(whole, example[: most or 2], path, dynamic=(0, 2, 3) if most is None else (2, 3))
             detector = _file_report(whole, path, structure, [images[:most] for images in shapes], None)
         report = ExportReport(onnx, torch_latency, score(model) if score else {}, int8, detector)
     finally:
@@ -290,6 +292,14 @@ def with_forward(model: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     twin = copy.deepcopy(model)
     twin.forward = forward
     return twin
+
+
+def _roomy(model: nn.Module, samples: Tensor) -> Tensor:
+    """Samples on which no map of a pyramid is one cell high or wide: an exported file would keep it so at any size."""
+    backbone = getattr(model, "backbone", None)
+    least = 2 * max(level.stride for level in backbone.levels) if isinstance(backbone, Pyramid) else 1
+    size = [max(side, least) for side in samples.shape[2:]]
+    return samples if size == list(samples.shape[2:]) else nn.functional.interpolate(samples, size=size)
 
 
 def _other_size(samples: Tensor) -> Tensor:

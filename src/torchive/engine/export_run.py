@@ -39,8 +39,11 @@ def export_run(
     recipe = replace(loaded.recipe, train=replace(loaded.recipe.train, channels_last=False))
     test = open_split(recipe, "test")
 
+    # images of a detector differ in size, and a file takes a batch of one size
+    each = replace(recipe, data=replace(recipe.data, batch_size=1)) if recipe.task == "detection" else recipe
+
     def scored(model: nn.Module) -> dict[str, float]:
-        metrics = score(model, test, recipe, predictions=False).metrics
+        metrics = score(model, test, each, predictions=False).metrics
         return {name: value for name, value in metrics.items() if "/" not in name}
 
     return export_model(
@@ -75,14 +78,13 @@ def exported_latency(runs: Mapping[str, Path], *, seconds: float = 2.0) -> dict[
 
 
 def _images(recipe: Recipe, split: str) -> Iterator[Tensor]:
-    """Images of a split as prediction sees them, (1, C, H, W), all of one size."""
-    size = recipe.data.image_size
+    """Images of a split as prediction sees them, (1, C, H, W), all of one size: the recipe's, or the first one's."""
+    side = recipe.data.image_size
+    size = None if side is None else (side, side)
     for batch in batches_of(open_split(recipe, split), recipe):
         for image in batch.inputs:
-            if size is None or image.shape[-2:] == (size, size):
-                yield image[None]
-            else:
-                yield interpolate(image[None], size=(size, size), mode="bilinear")
+            size = size or (image.shape[-2], image.shape[-1])
+            yield image[None] if image.shape[-2:] == size else interpolate(image[None], size=size, mode="bilinear")
 
 
 def _stack(recipe: Recipe, split: str, count: int) -> Tensor:
