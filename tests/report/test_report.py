@@ -267,6 +267,9 @@ def test_the_records_are_not_changed() -> None:
         ("mean_iou", "mean IoU", "81.3 %", True),
         ("log_loss", "log loss", "0.8", False),
         ("recall/intact", "recall intact", "81.3 %", True),
+        ("map/Großer_Kern", "mAP Großer_Kern", "81.3 %", True),
+        ("map/weight_loss", "mAP weight_loss", "81.3 %", True),
+        ("false/background", "false background", "81.3 %", False),
         ("epe", "epe", "0.8", True),
     ],
 )

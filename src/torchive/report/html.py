@@ -93,7 +93,7 @@ def comparison_html(record: Record) -> str:
             paired_figure=Markup(figures.paired_figure(metric, record["plan"]["rule"]["margin"])),
             seed_rows=_seed_rows(metric),
             means=number_rows(metric),
-            metric_rows=[number_rows(m) for m in summary.metrics if m.unit.name not in _FALSE | _MISSED],
+            metric_rows=_metric_rows(summary),
             error_rows=_error_rows(summary),
             curves=[Markup(figure) for figure in _curves(record, metric)],
             costs=[_cost_row(row) for row in summary.costs],
@@ -190,6 +190,13 @@ def number_rows(metric: MetricSummary, beside: Sequence[MetricSummary] = ()) -> 
         "css": word,
         "decides": metric.decides,
     }
+
+
+def _metric_rows(summary: Summary) -> list[dict[str, Any]]:
+    """The rows of all metrics but those on what goes wrong; those in points share a scale."""
+    rows = [metric for metric in summary.metrics if metric.unit.name not in _FALSE | _MISSED]
+    points = [metric for metric in rows if metric.unit.difference_unit]
+    return [number_rows(metric, points if metric in points else ()) for metric in rows]
 
 
 def _error_rows(summary: Summary) -> list[dict[str, Any]]:

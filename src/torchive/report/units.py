@@ -68,12 +68,16 @@ class Unit:
 
 
 def unit_of(metric: str) -> Unit:
-    """The presentation of a metric by its recorded name; a name that is not known is shown as it is, higher better."""
-    words = metric.lower().replace("/", "_").split("_")
-    fault = metric.partition("/")[0] in _FAULTS
+    """The presentation of a metric by its recorded name; a name that is not known is shown as it is, higher better.
+
+    What follows a slash is a class or a cause: it stays as it is, and says nothing about what is better.
+    """
+    kind, _, of = metric.partition("/")
+    words = kind.lower().split("_")
+    fault = kind in _FAULTS
     lower = fault or any(word in _LOWER for word in words)
     share = fault or (not lower and any(word in (*_SHARES, *_MORE_SHARES) for word in words))
-    label = " ".join(_WORDS.get(word, word) for word in words)
+    label = " ".join([*(_WORDS.get(word, word) for word in words), *([of] if of else [])])
     return Unit(metric, label, 100.0 if share else 1.0, "points" if share else "", not lower)
 
 
