@@ -115,6 +115,9 @@ def test_the_sentence_says_what_was_found() -> None:
     assert float(could[1]) == pytest.approx(100 * estimate.half_width, abs=0.06)
     same = comparison(effect=0.0, noise=0.0)
     assert summarise(same).sentence.endswith("by exactly zero in each of 3 paired seeds: identical.")
+    for run in same["runs"]:
+        run["test"] = dict.fromkeys(run["test"], 0.0)
+    assert summarise(same).sentence.endswith("identical; both stayed at zero, as with a budget too short to learn.")
 
 
 def test_the_same_records_give_the_same_page(tmp_path: Path) -> None:

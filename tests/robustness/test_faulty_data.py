@@ -228,7 +228,7 @@ def test_an_image_that_breaks_after_the_check(
     assert_refused(continued("folder", f"data.workers={workers}"), "folder/circle/", "truncated")
     assert load_checkpoint(Path("runs/folder/last.safetensors")).values["step"] >= 2
     monkeypatch.undo()
-    os.chdir(place)
+    monkeypatch.chdir(place)
     shutil.copytree(prepared / "folder", "folder", dirs_exist_ok=True)
     assert continued("folder").status == 0
     assert_same(load_file("runs/folder/model.safetensors"), whole)

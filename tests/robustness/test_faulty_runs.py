@@ -222,7 +222,7 @@ def test_a_full_disk_during_a_checkpoint(
     assert_refused(told, "runs/new", os.strerror(errno.ENOSPC))
     assert not list(Path("runs/new").glob(".*.tmp"))
     monkeypatch.undo()
-    os.chdir(place)
+    monkeypatch.chdir(place)
     if moment > 1:
         assert checkpoint.load_checkpoint(Path("runs/new/last.safetensors")).values["step"] == moment - 1
         assert "intact" in told.err

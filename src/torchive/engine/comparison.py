@@ -295,7 +295,7 @@ def environment_record(samples: Mapping[str, SampleSet], recipe: Recipe) -> dict
     values = environment(samples, torch.get_num_threads(), device)
     versions = ", ".join(f"{name} {version}" for name, version in values["packages"].items() if version)
     return {
-        "Processor": f"{values['cpu']}, {values['cores']} cores, {values['threads']} threads used",
+        "Processor": f"{values['cpu']}, {values['cores']} cores, threads used: {values['threads']}",
         "Device": device,
         "System": values["platform"],
         "Torchive": f"{values['torchive']}" + (f", commit {values['commit'][:12]}" if values["commit"] else ""),

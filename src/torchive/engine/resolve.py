@@ -51,7 +51,9 @@ def find_recipe(name: str) -> Path:
         name if name in known else by_stem.get(name) or by_stem.get(name.replace("-", "_")) or _of_method(name, known)
     )
     if full is None:
-        close = get_close_matches(name, [*known, *by_stem], n=3, cutoff=0.5)
+        from torchive.catalogue import list_methods
+
+        close = get_close_matches(name, [*list_methods(state="built"), *by_stem, *known], n=3, cutoff=0.5)
         if Path(name).exists():
             raise RecipeError(
                 f"{name} is no recipe; name one first ({', '.join(by_stem)}) and give the data with --data"

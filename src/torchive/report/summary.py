@@ -134,7 +134,8 @@ def _sentence(record: Record, metric: MetricSummary, rule: Rule, verdict: str) -
         change = metric.unit.difference(metric.differences[0], metric.digits, unit=True)
         return f"{where}, {what} by {change} in one pair{planned}; an interval needs more."
     if verdict == "identical":
-        return f"{where}, {what} by exactly zero in each of {pairs} paired seeds{planned}: identical."
+        idle = "; both stayed at zero, as with a budget too short to learn" if not any(metric.baseline) else ""
+        return f"{where}, {what} by exactly zero in each of {pairs} paired seeds{planned}: identical{idle}."
     digits, value = metric.digits, metric.estimate
     show = metric.unit.difference
     sentence = (
