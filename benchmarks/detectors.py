@@ -1,14 +1,14 @@
 """Detectors: against torchvision's on the same backbone, their own decoding, and how the cost grows with the boxes.
 
-    python benchmarks/detectors.py [--parts against methods boxes claims] [--rounds 15] [--only yolov3 ...]
+    python benchmarks/detectors.py [--parts against methods boxes claims regions] [--rounds 15] [--only yolov3 ...]
 
 ``against``: training step and prediction at batch 1 and 8, ours over torchvision's, both on one feature network, 320
 pixels (SSD: 300), 20 classes. ``methods``: the same times of every detector that is built, ResNet-18, 256
 pixels, three classes, and the shares of decoding in a prediction with 1,000 candidates, without and with the masks of
-the objects that are left. ``boxes``: a training step over
-the number of boxes in an image. ``claims``: what two papers say of their speed, a prediction of one image: CondInst
-over torchvision's Mask R-CNN, both with 100 objects, and YOLOv3 over SSD. Medians of rounds in which the sides take
-turns; with one thread the processor's time.
+the objects that are left. ``boxes``: a training step over the number of boxes in an image. ``claims``: what two papers
+say of their speed, a prediction of one image: CondInst over torchvision's Mask R-CNN, both with 100 objects, and YOLOv3
+over SSD. ``regions``: Light-Head's second stage over Faster R-CNN's, for 100 to 1000 regions. Medians of rounds in
+which the sides take turns; with one thread the processor's time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torchive.catalogue import card_names, get_card
 from torchive.nn.retinanet import RetinaNet
 
 Targets = list[dict[str, Tensor]]
-PARTS = ("against", "methods", "boxes", "claims")
+PARTS = ("against", "methods", "boxes", "claims", "regions")
 COUNTS = (0, 1, 10, 100, 1000, 5000)
 
 
@@ -291,6 +291,42 @@ def claims(rounds: int, only: Sequence[str]) -> None:
         )
 
 
+def regions(rounds: int, only: Sequence[str]) -> None:
+    """Second stages over the number of regions: Light-Head's over Faster R-CNN's two layers (arXiv:1711.07264), on the
+    map of 2048 channels of an image of 800 x 1067 pixels."""
+    if only and "light_head_rcnn" not in only:
+        return
+    torch.manual_seed(0)
+    features = torch.randn(1, 2048, 50, 67).contiguous(memory_format=torch.channels_last)
+    heads: dict[str, dict[str, Any]] = {
+        "heavy": {"head": "heavy"},
+        "thin, 256 inside": {},
+        "thin, 64 inside": {"inter_channels": 64},
+        "plain, 64 inside": {"head": "plain", "inter_channels": 64},
+    }
+    models: list[Any] = [
+        torchive.create_model("light_head_rcnn", backbone="timm/resnet50", **options).eval()
+        for options in heads.values()
+    ]
+    for count in (100, 300, 1000):
+        corner = torch.rand(count, 2) * torch.tensor([867.0, 600.0])
+        boxes = torch.cat([corner, corner + 20 + 180 * torch.rand(count, 2)], 1)
+        image = torch.zeros(count, dtype=torch.int64)
+
+        def second(model: Any, boxes: Tensor = boxes, image: Tensor = image) -> None:
+            with torch.inference_mode():
+                model.second(model.thin(features), 16, boxes, image)
+
+        heavy, *others = timed([partial(second, model) for model in models], rounds)
+        print(f"{count} regions: heavy {median(heavy):.0f} ms")
+        for name, found in zip(list(heads)[1:], others, strict=True):
+            each = [a / b for a, b in zip(found, heavy, strict=True)]
+            print(
+                f"  {name:18} {median(found):6.0f} ms, ratio {median(each):.2f} [{min(each):.2f}, {max(each):.2f}]",
+                flush=True,
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -300,7 +336,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for part in a.parts:
         print(f"== {part}")
-        {"against": against, "methods": methods, "boxes": boxes, "claims": claims}[part](a.rounds, a.only)
+        {"against": against, "methods": methods, "boxes": boxes, "claims": claims, "regions": regions}[part](
+            a.rounds, a.only
+        )
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def _deepfashion2(target: dict[str, Tensor]) -> bool:
 
 
 def _landmarks(records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> dict[str, float]:
-    """``landmark_map`` of marked and ``landmark_map/visible`` of visible landmarks, and all figures by part."""
+    """``landmark_map`` of marked and ``visible_map`` of visible landmarks, and all figures by part."""
     found = [Detections(f["boxes"], f["labels"], f["scores"], f.get("masks"), f["keypoints"]) for f, _ in records]
     figures = by_part(found, [target for _, target in records], DEEPFASHION2)
     names = {"marked/": "landmark_", "visible/": "visible_", "mask/": "mask_", "box/": ""}

@@ -198,6 +198,7 @@ GLOSSARY: dict[str, str] = {
     "mask_loss": "loss of the masks: bce or dice",
     "template_channels": "channels of the template that a mask is made from",
     "aware_channels": "channels of a template after its object's own convolution",
+    "aware_depth": "number of an object's own convolutions",
     "cues": "what the weights for an object are made from: its feature, its box or both",
     "reference": "box that a mask is laid over in training: the truth or the predicted one",
     "detector": "dense detector that masks stand on: its name",

@@ -137,6 +137,9 @@ def test_the_deep_map_is_told_by_both_ways(double) -> None:
         erased, joined = part(source, deep)
         (gate,) = torch.autograd.grad(erased.sum(), deep, retain_graph=True)
         (carried,) = torch.autograd.grad(joined.square().sum(), source, retain_graph=True)
+        (through,) = torch.autograd.grad(joined.square().sum(), deep, retain_graph=True)
+        torch.testing.assert_close(through, 2 * joined.detach())  # what is carried is added to the deep map
+        assert torch.equal(joined, deep) == (way == "gate")
         assert (gate.abs().max() > 0) == (way == "gate")
         assert (carried.abs().max() > 0) == (way == "carry")
     erase, transfer = (NeighbourExchange(4, 5, variant=variant) for variant in ("erase", "transfer"))

@@ -198,6 +198,17 @@ def test_as_many_numbers_as_the_released_files() -> None:
         assert numbers(YOLOv3(backbone="tiny")) == (35434956 - 20) // 4
 
 
+def test_darknet_53_has_the_layers_of_the_paper() -> None:
+    """Table 1: a stem of 32, then stages of 1, 2, 8, 8 and 4 pairs of 1x1 and 3x3; 52 convolutions and a classifier."""
+    with torch.device("meta"):
+        found = [m for m in Darknet53().modules() if isinstance(m, nn.Conv2d)]
+    wanted = [(3, 32, 3, 1)]
+    for width, pairs in zip((64, 128, 256, 512, 1024), (1, 2, 8, 8, 4), strict=True):
+        wanted += [(width // 2, width, 3, 2)] + [(width, width // 2, 1, 1), (width // 2, width, 3, 1)] * pairs
+    assert [(m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0]) for m in found] == wanted
+    assert len(found) == 52
+
+
 def test_files_round_trip(tmp_path) -> None:
     options = {"anchors": (((9, 9),), ((20, 20),)), "widths": (4, 4)}
     one, two, three = (YOLOv3(backbone=TinyDarknet(channels=2), **options) for _ in range(3))

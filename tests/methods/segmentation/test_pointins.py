@@ -133,6 +133,13 @@ def test_gradient_reaches_template_and_weights_apart() -> None:
     assert all(p.grad is None for p in head.generator.parameters())
 
 
+def test_the_model_has_as_many_of_an_objects_own_convolutions_as_asked() -> None:
+    head = PointINS(**SMALL, aware_depth=3).mask_head
+    assert len(head.weight_sizes) == 3
+    with pytest.raises(ValueError, match="expected kernel_size 1 or 3 and size, channels and depth >= 1"):
+        PointINS(**SMALL, aware_depth=0)
+
+
 def test_weights_see_what_they_are_given() -> None:
     features, boxes = torch.randn(2, 6), torch.rand(2, 4)
     for cues, sees in (("both", (True, True)), ("feature", (True, False)), ("box", (False, True))):

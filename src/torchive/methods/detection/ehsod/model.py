@@ -56,8 +56,8 @@ class EHSOD(TwoStage):
         rois_per_image: boxes that train a stage.
         stages: of the cascade, at most three.
         cam_weight: of both losses of the class activation maps.
-        image_weight: of the image-level losses of the stages. With both weights zero this is Cascade R-CNN on the
-            images that have boxes.
+        image_weight: of the image-level losses of the stages. With both weights zero and ``rank_by`` "none" this is
+            Cascade R-CNN on the images that have boxes.
         cam_loss: "softmax" or "sigmoid", as of ``image_loss``.
         centre_ratio: of the boxes' sides in the heat maps.
         rank_by: how class activation ranks proposals, as of ``ranking``.

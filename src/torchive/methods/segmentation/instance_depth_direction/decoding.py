@@ -118,26 +118,6 @@ def group_by_contact(label: Tensor, category: Tensor) -> Tensor:
     return torch.where(pieces > 0, ids, 0)
 
 
-def collect(
-    ids: Tensor,
-    trust: Tensor,
-    label: Tensor,
-    certainty: Tensor,
-    depth: Tensor,
-    *,
-    num_classes: int,
-    min_area: int = 1,
-    max_detections: int = 1000,
-) -> Instances:
-    """Objects out of a map of ids, the best first: those of ``rank`` that are there, ``max_detections`` at most."""
-    found = rank(ids, trust, label, certainty, depth, num_classes=num_classes, min_area=min_area)
-    count = min(int((found.scores >= 0).sum()), max_detections)
-    kept = torch.where(found.ids <= count, found.ids, 0)
-    labels = found.labels[:count]
-    semantic = torch.where(kept > 0, torch.cat([labels.new_zeros(1), labels])[kept], label)
-    return Instances(kept, labels, found.scores[:count], found.depths[:count], semantic)
-
-
 def rank(
     ids: Tensor,
     trust: Tensor,
@@ -176,6 +156,15 @@ def rank(
     place = place.scatter(0, order + 1, torch.where(score >= 0, row, 0))
     labels = votes.argmax(1)[order] + 1 if count else order
     return Instances(place[ids], labels, score, (far / area.clamp(min=1))[order], label)
+
+
+def collect(ranked: Instances, *, max_detections: int = 1000) -> Instances:
+    """The rows that are objects, ``max_detections`` at most; their pixels have their label."""
+    count = min(int((ranked.scores >= 0).sum()), max_detections)
+    ids = torch.where(ranked.ids <= count, ranked.ids, 0)
+    labels = ranked.labels[:count]
+    semantic = torch.where(ids > 0, torch.cat([labels.new_zeros(1), labels])[ids], ranked.semantic)
+    return Instances(ids, labels, ranked.scores[:count], ranked.depths[:count], semantic)
 
 
 def detections(found: Instances) -> Detections:

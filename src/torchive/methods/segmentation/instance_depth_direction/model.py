@@ -265,5 +265,5 @@ class InstanceDecoder(nn.Module):
             ids = group_by_contact(label, fields.categories)
             trust = torch.ones(int(ids.max()) if ids.numel() else 0, device=ids.device)
         depth = self.middles[fields.depths]
-        sizes = {"min_area": min_area, "max_detections": max_detections}
-        return collect(ids, trust, label, certainty, depth, num_classes=self.num_classes, **sizes)
+        ranked = rank(ids, trust, label, certainty, depth, num_classes=self.num_classes, min_area=min_area)
+        return collect(ranked, max_detections=max_detections)

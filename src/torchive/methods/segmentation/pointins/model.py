@@ -41,7 +41,8 @@ class PointINS(nn.Module):
         size: k, side of the template; masks have twice as many cells.
         template_channels, aware_channels: c and c'.
         hidden: width of the weight generator.
-        kernel_size: of the instance-aware convolution: 1 or 3.
+        kernel_size: of the instance-aware convolutions: 1 or 3.
+        aware_depth: their number.
         variant: "dynamic", the paper's; "static" weights, the same for all points; "template", without the
             instance-aware convolution; or "direct", the baseline: one layer from the feature to all logits.
         cues: what weights are made from: the "feature" at the point, the predicted "box", or "both".
@@ -75,6 +76,7 @@ class PointINS(nn.Module):
         aware_channels: int = 16,
         hidden: int = 256,
         kernel_size: int = 1,
+        aware_depth: int = 1,
         variant: Variant = "dynamic",
         cues: Cues = "both",
         reference: Literal["truth", "predicted"] = "truth",
@@ -121,6 +123,7 @@ class PointINS(nn.Module):
             aware_channels=aware_channels,
             hidden=hidden,
             kernel_size=kernel_size,
+            depth=aware_depth,
             variant=variant,
             cues=cues,
         )
@@ -162,8 +165,11 @@ class PointINS(nn.Module):
         raw: dict[str, Tensor],
         image_sizes: Sequence[tuple[int, int]],
         *,
+        score_threshold: float = 0.05,
+        candidates: int = 1000,
+        nms_threshold: float = 0.6,
+        max_detections: int = 100,
         mask_threshold: float = 0.5,
-        **options: Any,
     ) -> list[Detections]:
         """Raw outputs to detections in pixels of ``image_sizes``; a mask is made for each that is left, no other.
 
@@ -171,7 +177,15 @@ class PointINS(nn.Module):
         """
         boxes = self.detector.boxes(raw)
         found = []
-        for k, (detections, rows) in enumerate(self.detector.detections(raw, image_sizes, **options)):
+        chosen = self.detector.detections(
+            raw,
+            image_sizes,
+            score_threshold=score_threshold,
+            candidates=candidates,
+            nms_threshold=nms_threshold,
+            max_detections=max_detections,
+        )
+        for k, (detections, rows) in enumerate(chosen):
             scores = self.masks(raw, k, rows).float().sigmoid()
             # the mask lies over the box that was predicted, also where that crosses the image's border
             masks = paste_masks(scores, boxes[k, rows], image_sizes[k], threshold=mask_threshold)
