@@ -46,9 +46,7 @@ class DetectorWithDecoding(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         raw = self.model(images)
-        if hasattr(
-            self.model, "decoded"
-        ):  # what overlaps is not dropped but blended, or there are no boxes to suppress
+        if hasattr(self.model, "decoded"):  # overlaps are blended, or there are no boxes to suppress
             kept = {name: value for name, value in self.options.items() if name != "nms_threshold"}
             grouped: dict[str, Tensor] = self.model.decoded(raw, images.shape[2:], **kept)  # type: ignore[operator]
             return grouped

@@ -246,10 +246,10 @@ def level_detections(
     levels: Tensor,
     image_sizes: Sequence[tuple[int, int]],
     *,
-    score_threshold: float,
-    candidates: int,
-    nms_threshold: float,
-    max_detections: int,
+    score_threshold: float = 0.05,
+    candidates: int = 1000,
+    nms_threshold: float = 0.6,
+    max_detections: int = 100,
 ) -> list[tuple[Detections, Tensor]]:
     """Of each image its detections, boxes cut to ``image_sizes`` (height, width), and their rows (D,).
 

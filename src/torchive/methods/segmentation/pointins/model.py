@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -165,11 +165,8 @@ class PointINS(nn.Module):
         raw: dict[str, Tensor],
         image_sizes: Sequence[tuple[int, int]],
         *,
-        score_threshold: float = 0.05,
-        candidates: int = 1000,
-        nms_threshold: float = 0.6,
-        max_detections: int = 100,
         mask_threshold: float = 0.5,
+        **options: Any,
     ) -> list[Detections]:
         """Raw outputs to detections in pixels of ``image_sizes``; a mask is made for each that is left, no other.
 
@@ -177,15 +174,7 @@ class PointINS(nn.Module):
         """
         boxes = self.detector.boxes(raw)
         found = []
-        chosen = self.detector.detections(
-            raw,
-            image_sizes,
-            score_threshold=score_threshold,
-            candidates=candidates,
-            nms_threshold=nms_threshold,
-            max_detections=max_detections,
-        )
-        for k, (detections, rows) in enumerate(chosen):
+        for k, (detections, rows) in enumerate(self.detector.detections(raw, image_sizes, **options)):
             scores = self.masks(raw, k, rows).float().sigmoid()
             # the mask lies over the box that was predicted, also where that crosses the image's border
             masks = paste_masks(scores, boxes[k, rows], image_sizes[k], threshold=mask_threshold)
