@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import detection
 
+from torchive.engine.detector_file import DetectorWithDecoding
 from torchive.methods.detection.faster_rcnn import FasterRCNN
 from torchive.methods.losses.eql import (
     PRESETS,
@@ -246,6 +247,23 @@ def test_in_the_faster_rcnn_of_this_package() -> None:
             total -= math.log(p if j == k else 1 - p)
     assert set(labels.tolist()) >= {0, 1, 3}
     assert float(found) == pytest.approx(total / len(labels), rel=1e-5)
+
+
+def test_scores_of_rare_classes_are_not_dropped() -> None:
+    """Sigmoids start at 0.001, so the detector keeps 300 detections above 1e-4, as the release does."""
+    options = {"backbone": "timm/test_efficientnet", "channels": 8, "hidden": 16, "num_classes": 7}
+    nets = {kind: FasterRCNN(**options, classification=kind).eval() for kind in ("sigmoid", "softmax")}
+    assert nets["sigmoid"].thresholds == {"score_threshold": 1e-4, "nms_threshold": 0.5, "max_detections": 300}
+    assert nets["softmax"].thresholds == {"score_threshold": 0.05, "nms_threshold": 0.5, "max_detections": 100}
+    images = [torch.rand(3, 96, 96)]
+    with torch.no_grad():
+        (found,) = nets["sigmoid"].predict(images)
+        (stated,) = nets["sigmoid"].predict(images, score_threshold=0.05, max_detections=5)
+        written = DetectorWithDecoding(nets["sigmoid"])(images[0][None])
+    assert 100 < len(found) <= 300
+    assert float(found.scores.min()) < 0.01
+    assert len(stated) == 0
+    assert written["scores"].shape[1] == 300
 
 
 @pytest.mark.parametrize("variant", ["sigmoid", "softmax"])

@@ -172,22 +172,33 @@ class FasterRCNN(TwoStage):
                 )
         return losses
 
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """What ``predict`` takes where it is given None: with sigmoids those of Tan et al., 2020."""
+        score, most = (1e-4, 300) if self.sigmoid else (0.05, 100)
+        return {"score_threshold": score, "nms_threshold": 0.5, "max_detections": most}
+
     def decode(
         self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
     ) -> list[Detections]:
         """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
-        return decode_regions(raw, image_sizes, **self._coding(), **options)
+        given = {name: value for name, value in options.items() if value is not None}
+        return decode_regions(raw, image_sizes, **self._coding(), **{**self.thresholds, **given})
 
     def predict(
         self,
         inputs: Tensor | Sequence[Tensor],
         condition: Tensor | None = None,
         *,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        max_detections: int = 100,
+        score_threshold: float | None = None,
+        nms_threshold: float | None = None,
+        max_detections: int | None = None,
     ) -> list[Detections]:
-        """One ``Detections`` per image, boxes in pixels of the image that went in."""
+        """One ``Detections`` per image, boxes in pixels of the image that went in.
+
+        At most 100 that score above 0.05 are kept if None; with sigmoids, whose scores of rare classes stay small, 300
+        above 1e-4. Overlaps above 0.5 are suppressed.
+        """
         return self.decode(
             self(inputs, condition),
             image_sizes(inputs),
