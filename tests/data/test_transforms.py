@@ -184,3 +184,87 @@ def test_a_semantic_map_follows_boxes_and_masks() -> None:
         assert done["semantic"].dtype == torch.int64
         assert done["semantic"].shape == done["masks"].shape[1:]
         assert torch.equal(done["semantic"], done["masks"][0].long() * 3)
+
+
+def marked(boxes: list[list[float]], *, height: int = 60, width: int = 80) -> Sample:
+    """White rectangles on black with boxes, masks, a landmark at each middle, and a map of categories."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.uint8)
+    for row, (x0, y0, x1, y1) in enumerate(boxes):
+        masks[row, int(y0) : int(y1), int(x0) : int(x1)] = 1
+    image[:, masks.bool().any(0)] = 255
+    found = torch.tensor(boxes).view(-1, 4)
+    middles = torch.cat([(found[:, :2] + found[:, 2:]) / 2, torch.full((len(boxes), 1), 2.0)], 1)
+    target = {
+        "boxes": found,
+        "labels": torch.arange(1, len(boxes) + 1),
+        "masks": masks,
+        "keypoints": middles[:, None],
+        "semantic": torch.zeros(height, width, dtype=torch.int64),
+        "image_labels": torch.ones(5),
+    }
+    return Sample(image, target, "marked")
+
+
+def test_shift_and_scale_move_boxes_masks_and_landmarks_alike() -> None:
+    transform = transforms.build("detection", image_size=None, train=True, augment=["shift_scale"])
+    lost, sizes = 0, []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        result = transform(marked([[30, 20, 50, 36], [2, 2, 10, 8]]))
+        target = result.target
+        assert result.image.shape == (3, 60, 80)
+        outside = target["semantic"] == 255
+        mixed = (result.image[0, outside] - 0.5).abs() > 0.01  # the picture's own border, half grey
+        assert mixed.sum() <= 60 + 80
+        assert not outside.all()
+        white = (result.image[0] > 0.51) & ~outside
+        assert (white ^ target["masks"].bool().any(0)).float().mean() < 0.02
+        assert len({len(target[key]) for key in ("boxes", "labels", "masks", "keypoints")}) == 1
+        assert target["image_labels"].tolist() == [1] * 5
+        for box, mask, label, point in zip(
+            target["boxes"], target["masks"], target["labels"], target["keypoints"][:, 0], strict=True
+        ):
+            rows, columns = mask.bool().any(1).nonzero(), mask.bool().any(0).nonzero()
+            edges = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]).flatten()
+            assert (box - edges).abs().max() <= 1
+            if label == 1:  # always whole: its middle is the landmark
+                assert torch.allclose(point, torch.tensor([*((box[:2] + box[2:]) / 2).tolist(), 2.0]), atol=1e-4)
+                sizes.append(float(box[2] - box[0]) / 20)
+            elif point[2] == 0:
+                assert point.tolist() == [0, 0, 0]
+        lost += len(target["boxes"]) == 1
+    assert len(sizes) == 40
+    assert 2 / 3 <= min(sizes) < 0.8
+    assert 1.25 < max(sizes) <= 1.5
+    assert 0 < lost < 20
+
+
+def test_shift_and_scale_without_boxes_and_without_a_target() -> None:
+    transform = transforms.build("detection", image_size=None, train=True, augment=["shift_scale", "colour"])
+    result = transform(marked([]))
+    assert {key: tuple(value.shape) for key, value in result.target.items()} == {
+        "boxes": (0, 4),
+        "labels": (0,),
+        "masks": (0, 60, 80),
+        "keypoints": (0, 1, 3),
+        "semantic": (60, 80),
+        "image_labels": (5,),
+    }
+    assert transform(Sample(scene().image, None, "x")).image.shape == (3, 40, 60)
+    with pytest.raises(ValueError, match=r"got 0.5, 0.2 and 0.5"):
+        transforms.steps.RandomShiftScale(scale=0.5)
+
+
+def test_colour_changes_colours_and_no_box() -> None:
+    transform = transforms.build("detection", image_size=None, train=True, augment=["colour"])
+    image = torch.tensor([200, 90, 40], dtype=torch.uint8)[:, None, None].expand(3, 20, 30).contiguous()
+    target = {"boxes": torch.tensor([[3.0, 4.0, 9.0, 8.0]]), "labels": torch.tensor([1])}
+    seen = []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        result = transform(Sample(image, target, "x"))
+        assert torch.equal(result.target["boxes"], target["boxes"])
+        seen.append(result.image[:, 0, 0])
+    spread = torch.stack(seen).std(0)
+    assert (spread > 0.03).all()

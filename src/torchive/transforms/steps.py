@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.transforms import v2
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
 #: Names that a recipe may list under ``augment``, by task: from the image's size to the augmentation.
 _COMMON: dict[str, Callable[[int | None], nn.Module]] = {
     "flip": lambda size: v2.RandomHorizontalFlip(0.5),
     "vflip": lambda size: v2.RandomVerticalFlip(0.5),
     "light": lambda size: v2.ColorJitter(brightness=0.2, contrast=0.2),
+    "colour": lambda size: v2.ColorJitter(brightness=(2 / 3, 1.5), saturation=(2 / 3, 1.5), hue=0.1),
     "blur": lambda size: v2.RandomApply([v2.GaussianBlur(5, (0.1, 1.5))], 0.3),
 }
 
@@ -37,7 +40,11 @@ AUGMENTATIONS: dict[str, dict[str, Callable[[int | None], nn.Module]]] = {
         "zoom": _zoom,
         "rotate": lambda size: v2.RandomRotation(15, v2.InterpolationMode.BILINEAR),
     },
-    "detection": {**_COMMON, "iou_crop": lambda size: RandomIoUCrop()},
+    "detection": {
+        **_COMMON,
+        "iou_crop": lambda size: RandomIoUCrop(),
+        "shift_scale": lambda size: RandomShiftScale(),
+    },
     "segmentation": {**_COMMON, "crop": _crop, "zoom": _zoom},
 }
 
@@ -53,8 +60,7 @@ CUTTING = ("crop", "zoom")
 
 class RandomIoUCrop(nn.Module):
     """SSD's crop (Liu et al. 2016, section 2.2): a random part that keeps at least one box's centre; boxes whose
-    centre is
-    outside are dropped, the others are cut. An image without boxes is left as it is."""
+    centre is outside are dropped, the others are cut. An image without boxes is left as it is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,6 +71,60 @@ class RandomIoUCrop(nn.Module):
         if len(target["boxes"]) == 0:
             return image, target
         return self.clean(*self.crop(image, target))
+
+
+class RandomShiftScale(nn.Module):
+    """Another size and place of the picture on a canvas that stays, with grey around it, as YOLO is trained.
+
+    The picture grows or shrinks about its middle by one factor and is moved by shares of its sides. Boxes are cut at
+    the border; what shows less than a pixel of its box, or of its mask nothing, is dropped. Landmarks follow, and those
+    that leave the picture are marked as absent. What was not in the picture is category 255 of a semantic map.
+
+    Args:
+        scale: the largest factor; its logarithm is drawn evenly from those of 1 / scale to scale.
+        shift: the largest share of a side.
+        grey: of the border, in [0, 1].
+
+    Raises:
+        ValueError: scale below 1, or a share or grey outside [0, 1].
+    """
+
+    def __init__(self, *, scale: float = 1.5, shift: float = 0.2, grey: float = 0.5) -> None:
+        super().__init__()
+        if scale < 1 or not 0 <= shift <= 1 or not 0 <= grey <= 1:
+            raise ValueError(f"expected scale >= 1, shift and grey in [0, 1], got {scale}, {shift} and {grey}")
+        self.scale, self.shift, self.grey = scale, shift, grey
+
+    def forward(self, image: Any, target: Mapping[str, Any] | None = None) -> Any:
+        draws = torch.rand(3) * 2 - 1
+        height, width = image.shape[-2:]
+        factor = float(self.scale ** draws[0])
+        by = [round(float(draws[1]) * self.shift * width), round(float(draws[2]) * self.shift * height)]
+        place: dict[str, Any] = {"angle": 0.0, "translate": by, "scale": factor, "shear": [0.0, 0.0]}
+        grey = self.grey if image.is_floating_point() else round(self.grey * 255)
+        moved = F.affine(image, **place, interpolation=InterpolationMode.BILINEAR, fill=[float(grey)])
+        if target is None:
+            return moved
+        found = dict(target)
+        for key, outside in (("masks", 0.0), ("semantic", 255.0)):
+            if key in target and target[key].numel():
+                found[key] = F.affine(target[key], **place, fill=[outside])
+        middle = target["boxes"].new_tensor([width / 2, height / 2])
+        offset = middle.new_tensor(by) + middle * (1 - factor)
+        boxes = target["boxes"].as_subclass(torch.Tensor) * factor + offset.repeat(2)
+        boxes = boxes.minimum(2 * middle.repeat(2)).clamp(min=0)
+        left = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
+        if "masks" in found:
+            left &= (found["masks"].as_subclass(torch.Tensor) > 0).flatten(1).any(1)
+        if "keypoints" in target:
+            points, seen = target["keypoints"].split([2, 1], -1)
+            points = points * factor + offset
+            inside = ((points >= 0) & (points < 2 * middle)).all(-1, keepdim=True)
+            found["keypoints"] = torch.cat([points, seen], -1) * (inside & (seen > 0))
+        found |= {key: value[left] for key, value in found.items() if key not in _NOT_PER_BOX}
+        if "masks" in found:
+            found["masks"] = tv_tensors.Mask(found["masks"][left])
+        return moved, {**found, "boxes": tv_tensors.wrap(boxes[left], like=target["boxes"])}
 
 
 #: What loses its rows by itself, and what speaks of the whole image.
