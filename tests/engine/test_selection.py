@@ -225,6 +225,28 @@ def test_sampling_by_class_and_what_it_needs() -> None:
         class_order(plain.override(["data.sampling=0"]), ToySet("detection"))
 
 
+def test_images_of_rare_classes_are_repeated() -> None:
+    samples = Labelled([80, 16, 4])
+    plain = toy_recipe(train={"steps": 100})
+    order = class_order(plain.override(["data.repeat_threshold=0.36"]), samples)
+    assert order is not None
+    drawn = torch.tensor([samples.labels[i] for epoch in range(30) for i in order(epoch)]).bincount()
+    expected = torch.tensor([80, 16 * 1.5, 4 * 3.0])  # sqrt(0.36 / 0.16), sqrt(0.36 / 0.04)
+    assert (drawn / drawn.sum() - expected / expected.sum()).abs().max() < 0.01
+    boxes = ToySet("detection")
+    shown = [set(boxes[i].target["labels"].tolist()) for i in range(len(boxes))]
+    share = {label: sum(label in one for one in shown) / len(shown) for label in set().union(*shown)}
+    order = class_order(plain.override(["data.repeat_threshold=1"]), boxes)
+    assert order is not None
+    taken = torch.tensor([i for epoch in range(400) for i in order(epoch)]).bincount(minlength=len(boxes))
+    factor = torch.tensor([max([1.0, *(share[label] ** -0.5 for label in one)]) for one in shown])
+    assert (taken / taken.sum() - factor / factor.sum()).abs().max() < 0.01
+    with pytest.raises(RecipeError, match=r"repeat_threshold: the order is given already"):
+        class_order(plain.override(["data.repeat_threshold=0.5", "data.sampling=0"]), samples)
+    with pytest.raises(RecipeError, match="need one class for each sample; this set is for segmentation"):
+        class_order(plain.override(["data.repeat_threshold=0.5"]), ToySet("segmentation"))
+
+
 def test_a_schedule_begins_again_at_its_restarts() -> None:
     plain, again = ScheduleSpec(warmup=0.1), ScheduleSpec(warmup=0.1, restarts=[0.75])
     for share in (0.0, 0.05, 0.4, 0.9):

@@ -48,7 +48,8 @@ class DataSpec:
     classes, a number or names, are never trained on, and validation and test hold them alone. The order of the classes
     along the tail, and which are held out, are a function of ``draw`` and the classes' names. ``sampling`` is the power
     q of classes drawn in proportion to n_k^q: 1 takes the samples as they are, 0 all classes alike; "progressive" goes
-    from 1 to 0 over the run. A procedure's own rule comes first.
+    from 1 to 0 over the run. A procedure's own rule comes first. ``repeat_threshold`` takes images more often whose
+    classes fewer than this share of the images show (data/repeat_factor.py); 0 is off.
     """
 
     source: str = "solar"
@@ -64,6 +65,7 @@ class DataSpec:
     held_out: int | list[str] = 0
     draw: int = 0
     sampling: float | Literal["progressive"] = 1.0
+    repeat_threshold: float = 0.0
     views: dict[str, Any] = field(default_factory=dict)
 
 

@@ -365,6 +365,7 @@ def _bounds(recipe: Recipe) -> Iterator[tuple[str, Any, bool]]:
     yield "data.imbalance", data.imbalance, data.imbalance is None or data.imbalance >= 1
     yield "data.held_out", data.held_out, not isinstance(data.held_out, int) or data.held_out >= 0
     yield "data.sampling", data.sampling, isinstance(data.sampling, str) or data.sampling >= 0
+    yield "data.repeat_threshold", data.repeat_threshold, 0 <= data.repeat_threshold <= 1
     yield "data.channels", data.channels, data.channels in (None, 1, 3)
     yield "train.steps", train.steps, train.steps >= 1
     yield "train.seconds", train.seconds, train.seconds is None or train.seconds > 0

@@ -8,6 +8,7 @@ import torch
 
 from torchive.data.class_sampler import ClassSampler, class_probabilities, progressive_probabilities
 from torchive.data.pair_order import pair_order
+from torchive.data.repeat_factor import RepeatFactorSampler, repeat_factors
 from torchive.data.samples import SampleSet, unit
 from torchive.engine.recipe import Recipe, RecipeError
 from torchive.engine.views import SomeClasses, Subset, labels_of, object_labels_of, pair_ids_of
@@ -135,16 +136,22 @@ def without_held_out(samples: SampleSet, held_out: int | Sequence[str], *, seed:
 def class_order(
     recipe: Recipe, samples: SampleSet, own: Callable[[float], float] | None = None
 ) -> Callable[[int], list[int]] | None:
-    """The order of each epoch under ``data.sampling``, or under a procedure's own rule; None for the plain one.
+    """The order of each epoch under ``data.sampling``, ``data.repeat_threshold`` or a procedure's rule; None for the
+    plain one.
 
     Where the data tell which images show the same items, these follow each other, so that they come in one batch.
 
     Raises:
-        RecipeError: the samples have no classes, or the rule changes over a run whose length in steps is not known.
+        RecipeError: the samples have no classes, two rules are given, or the rule changes over a run whose length in
+            steps is not known.
     """
-    sampling, train = recipe.data.sampling, recipe.train
+    sampling, train, repeat = recipe.data.sampling, recipe.train, recipe.data.repeat_threshold
+    pairs = pair_ids_of(samples) if own is None and sampling == 1 else None
+    if repeat:
+        if own is not None or sampling != 1 or pairs:
+            raise RecipeError("data.repeat_threshold: the order is given already, by pairs, sampling or the procedure")
+        return RepeatFactorSampler(repeat_factors(_shown(samples), repeat), seed=train.seed).order
     if own is None and sampling == 1:
-        pairs = pair_ids_of(samples)
         return pair_order(pairs, train.seed) if pairs else None
     if train.seconds is not None and (own is not None or isinstance(sampling, str)):
         raise RecipeError("sampling that changes over the run needs a budget in steps, got one in seconds")
@@ -165,6 +172,14 @@ def class_order(
     return ClassSampler(
         labels_of(samples), rule, seed=train.seed, batch_size=recipe.data.batch_size, steps=train.steps
     ).order
+
+
+def _shown(samples: SampleSet) -> list[list[int]]:
+    """The classes, from 0, of each sample, or of its objects."""
+    if samples.task == "detection":
+        return [[label - 1 for label in labels] for labels in object_labels_of(samples) or []]
+    _require_classes(samples, "data.repeat_threshold")
+    return [[label] for label in labels_of(samples)]
 
 
 def _require_classes(samples: SampleSet, what: str) -> None:
