@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from torchive.data import open_data
 from torchive.methods.detection.yolov3 import Darknet53, TinyDarknet, YOLOv3, read_darknet, write_darknet
 from torchive.methods.detection.yolov3.decode import boxes_of
 from torchive.methods.detection.yolov3.loss import assign, owners, yolo_loss
@@ -16,6 +17,7 @@ from torchive.methods.losses.focal_loss import FocalLoss
 from torchive.ops.anchors import centred_anchors, kmeans_anchors, shape_iou
 from torchive.ops.boxes import decode_cells, encode_cells
 from torchive.ops.images import fit_boxes, letterbox
+from torchive.transforms import build
 
 REPOSITORY, COMMIT = "pjreddie/darknet", "f6afaabcdf85f77e7aff2ec55c020c0e297c77f9"
 SMALL = {"backbone": "timm/test_efficientnet", "num_classes": 3, "image_size": 64, "widths": (8, 8, 8)}
@@ -260,6 +262,27 @@ def test_every_object_owns_the_best_shape_at_its_centre() -> None:
     overlap = torch.nonzero(accepted >= 0)[:, 0]
     assert len(overlap) > 1
     assert 100 in overlap
+
+
+@pytest.mark.data
+def test_few_objects_want_one_prediction() -> None:
+    """Collisions on real boxes at the published size and anchors; with one shape and stride, as before YOLO had more,
+    objects that share a cell lose each other."""
+    published = YOLOv3(backbone="timm/test_efficientnet", num_classes=1)
+    shapes, strides, side = published.shapes, published.strides, 416
+    lost, shared, total = {}, {}, {}
+    for name in ("nuclei-instances", "trees"):
+        samples = open_data(name, "train")
+        transform = build("detection", image_size=side, train=False)
+        boxes = [transform(samples[i]).target["boxes"] for i in range(len(samples))]
+        own = [owners(box, shapes, [(side // s, side // s) for s in strides], strides) for box in boxes]
+        cells = [owners(box, [shapes[-1][:1]], [(side // 32,) * 2], [32]) for box in boxes]
+        lost[name] = sum(len(one) - len(one.unique()) for one in own)
+        shared[name] = sum(len(one) - len(one.unique()) for one in cells)
+        total[name] = sum(map(len, boxes))
+    assert total == {"nuclei-instances": 225, "trees": 533}
+    assert lost == {"nuclei-instances": 0, "trees": 0}
+    assert shared["trees"] >= 12
 
 
 @pytest.mark.parametrize("coding", ["logistic", "linear", "rcnn"])
