@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 
 from torchive import testing
 from torchive.testing import Check, Subject
+from torchive.testing.checks import SYSTEMS
 
 SUBJECTS: dict[str, Subject] = {}
 
 
 def _cases() -> Iterator[object]:
-    """Methods x checks. Compilation and export are marked slow, unless TORCHIVE_CHECKS=all."""
-    everything = os.environ.get("TORCHIVE_CHECKS") == "all"
+    """Methods x checks. Compiling and exporting whole networks is slow: a detector takes a minute of one core, a block
+    some seconds."""
     for name in testing.built_methods():
-        for check in testing.checks_of(testing.subject_of(name).kind):
-            marks = [pytest.mark.slow] if check.costly and not everything and not FAST_ENOUGH else []
+        kind = testing.subject_of(name).kind
+        for check in testing.checks_of(kind):
+            marks = [pytest.mark.slow] if check.costly and kind in {"backbone"} | SYSTEMS else []
             yield pytest.param(name, check, id=f"{name}-{check.name}", marks=marks)
-
-
-#: The costly checks of all built methods take well under three minutes; set to False when they no longer do.
-FAST_ENOUGH = True
 
 
 @pytest.mark.parametrize(("name", "check"), list(_cases()))
