@@ -1,14 +1,15 @@
 """Detectors: against torchvision's on the same backbone, their own decoding, and how the cost grows with the boxes.
 
-    python benchmarks/detectors.py [--parts against methods boxes claims regions] [--rounds 15] [--only yolov3 ...]
+    python benchmarks/detectors.py [--parts against methods ...] [--rounds 15] [--only yolov3 ...]
 
 ``against``: training step and prediction at batch 1 and 8, ours over torchvision's, both on one feature network, 320
 pixels (SSD: 300), 20 classes. ``methods``: the same times of every detector that is built, ResNet-18, 256
 pixels, three classes, and the shares of decoding in a prediction with 1,000 candidates, without and with the masks of
 the objects that are left. ``boxes``: a training step over the number of boxes in an image. ``claims``: what two papers
 say of their speed, a prediction of one image: CondInst over torchvision's Mask R-CNN, both with 100 objects, and YOLOv3
-over SSD. ``regions``: Light-Head's second stage over Faster R-CNN's, for 100 to 1000 regions. Medians of rounds in
-which the sides take turns; with one thread the processor's time.
+over SSD. ``regions``: Light-Head's second stage over Faster R-CNN's, for 100 to 1000 regions. ``groups``: grouping
+the pixels of perfect maps, directions as eight classes over directions as two numbers. Medians of rounds in which the
+sides take turns; with one thread the processor's time.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from torchvision.ops import MultiScaleRoIAlign
 
 import torchive
 from torchive.catalogue import card_names, get_card
+from torchive.methods.segmentation.instance_depth_direction import Encoding, InstanceDecoder
+from torchive.methods.segmentation.instance_depth_direction.encoding import encode
 from torchive.nn.retinanet import RetinaNet
 
 Targets = list[dict[str, Tensor]]
-PARTS = ("against", "methods", "boxes", "claims", "regions")
+PARTS = ("against", "methods", "boxes", "claims", "regions", "groups")
 COUNTS = (0, 1, 10, 100, 1000, 5000)
 
 
@@ -327,6 +330,38 @@ def regions(rounds: int, only: Sequence[str]) -> None:
             )
 
 
+def groups(rounds: int, only: Sequence[str]) -> None:
+    """Discs of 12 pixels on a grid to objects, from maps without a fault (instance_depth_direction)."""
+    if only and "instance_depth_direction" not in only:
+        return
+    for side in (128, 256, 512):
+        x = torch.arange(side) + 0.5
+        middles = torch.cartesian_prod(*[torch.arange(12.0, side - 8, 32)] * 2)[:, :, None]
+        masks = ((x - middles[:, 0]) ** 2)[:, None] + ((x - middles[:, 1]) ** 2)[:, :, None] < 36
+        target = {"masks": masks.to(torch.uint8), "labels": torch.ones(len(masks), dtype=torch.int64)}
+        runs = []
+        for directions in (8, 0):
+            encoding = Encoding(directions=directions)
+            truth = encode(target, (side, side), encoding)
+            raw = {"semantic": one_hot(truth["semantic"], 2), "depth": one_hot(truth["depth"], encoding.depths + 1)}
+            raw["direction"] = one_hot(truth["direction"], directions + 1) if directions else truth["vectors"]
+            decoder = InstanceDecoder(encoding, num_classes=1)
+            assert len(decoder.instances(raw).labels) == len(masks)
+            runs.append(partial(decoder.instances, raw))
+        classes, numbers = timed(runs, rounds)
+        each = [a / b for a, b in zip(classes, numbers, strict=True)]
+        print(
+            f"{side} pixels, {len(masks)} discs: classes {median(classes):.1f} ms, numbers {median(numbers):.1f} ms, "
+            f"ratio {median(each):.2f} [{min(each):.2f}, {max(each):.2f}]",
+            flush=True,
+        )
+
+
+def one_hot(classes: Tensor, count: int) -> Tensor:
+    """Logits (count, H, W) that are sure of the classes (H, W)."""
+    return 20.0 * nn.functional.one_hot(classes, count).movedim(-1, 0).float()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -336,9 +371,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for part in a.parts:
         print(f"== {part}")
-        {"against": against, "methods": methods, "boxes": boxes, "claims": claims, "regions": regions}[part](
-            a.rounds, a.only
-        )
+        run = {"against": against, "methods": methods, "boxes": boxes, "claims": claims, "regions": regions}
+        (run | {"groups": groups})[part](a.rounds, a.only)
 
 
 if __name__ == "__main__":

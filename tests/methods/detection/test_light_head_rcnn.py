@@ -160,7 +160,7 @@ def test_pooling_is_torchvisions_and_the_thin_map_has_490_channels(double) -> No
 def test_operations_of_the_heads(capsys) -> None:
     """Millions of multiplications for 1000 regions of a map of 50 x 67 cells with 2048 channels.
 
-    A region of the thin head costs a fiftieth; the thin map itself costs as much as some 600 regions of the heavy one.
+    A region of the thin head costs a ninetieth; the thin map itself costs as much as some 600 regions of the heavy one.
     """
     found = {}
     with torch.device("meta"):
