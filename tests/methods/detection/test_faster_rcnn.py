@@ -291,6 +291,7 @@ def grid_boxes(count: int, size: int) -> Tensor:
     return torch.cat(parts).clamp(0, size)
 
 
+@pytest.mark.slow
 def test_learns_bright_rectangles_and_its_proposals_beat_a_grid(scenes, capsys) -> None:
     """Recall of detections rises; recall at IoU 0.5 and 0.7 against the number of proposals, RPN and even boxes."""
     options = {"num_classes": 1, "channels": 32, "hidden": 64, "before_nms": (300, 200), "after_nms": (100, 100)}
@@ -334,6 +335,7 @@ def test_learns_bright_rectangles_and_its_proposals_beat_a_grid(scenes, capsys) 
         assert row[1] > row[3]
 
 
+@pytest.mark.slow
 def test_one_onnx_file_serves_every_batch_and_size(tmp_path) -> None:
     """The whole detector up to its raw outputs, padding, suppression and pooling included."""
     net = FasterRCNN(**SMALL).eval()

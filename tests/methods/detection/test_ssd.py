@@ -212,6 +212,7 @@ def recall(found, targets, iou: float = 0.5) -> float:
     return hit / total
 
 
+@pytest.mark.slow
 def test_learns_bright_rectangles(scenes) -> None:
     net = SSD(num_classes=1, **SMALL)
     images, targets = scenes(16, 64, torch.Generator().manual_seed(0))
