@@ -351,6 +351,8 @@ def test_some_images_keep_their_boxes_and_the_others_say_what_they_show() -> Non
     whole, part = ToySet("detection"), PartlyBoxed(ToySet("detection"), 0.25)
     assert part.boxed == set(Subset.by_fraction(whole, 0.25).ids)
     assert recipe.data.boxed == 0.25
+    assert PartlyBoxed(whole, 0.25, draw=1).boxed != part.boxed
+    assert PartlyBoxed(whole, 0.5, draw=1).boxed > PartlyBoxed(whole, 0.25, draw=1).boxed
     for k in range(len(whole)):
         target, before = part[k].target, whole[k].target
         assert bool(target["has_boxes"]) == (whole.ids[k] in part.boxed)

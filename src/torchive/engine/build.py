@@ -38,7 +38,7 @@ def open_split(recipe: Recipe, split: str) -> SampleSet:
         if data.boxed < 1:
             if samples.task != "detection":
                 raise RecipeError(f"data.boxed is for detection; {samples.name} is a set for {samples.task}")
-            samples = PartlyBoxed(samples, data.boxed)
+            samples = PartlyBoxed(samples, data.boxed, draw=data.draw)
         if data.imbalance is not None:
             samples = long_tail(samples, data.imbalance, seed=data.draw)
     return samples

@@ -25,11 +25,12 @@ class Subset:
         self.ids: Sequence[str] = tuple(samples.ids[i] for i in self.indices)
 
     @classmethod
-    def by_fraction(cls, samples: SampleSet, fraction: float) -> SampleSet:
-        """The share of a set whose ids come first by their hash: a smaller share is a part of a larger one."""
+    def by_fraction(cls, samples: SampleSet, fraction: float, *, draw: int = 0) -> SampleSet:
+        """The share of a set whose ids come first by their hash: a smaller share is a part of a larger one. ``draw``
+        chooses among hashes."""
         if fraction >= 1:
             return samples
-        order = sorted(range(len(samples)), key=lambda i: unit(samples.ids[i], seed=1))
+        order = sorted(range(len(samples)), key=lambda i: unit(samples.ids[i], seed=1 + draw))
         return cls(samples, sorted(order[: max(round(fraction * len(samples)), 1)]))
 
     def __len__(self) -> int:
@@ -64,16 +65,16 @@ class PartlyBoxed:
     """A detection set of which a share of the images keeps its boxes; the others keep only which classes they show.
 
     Each target gains ``has_boxes`` () bool and ``image_labels`` (K,) float. Those that keep their boxes are the images
-    that ``Subset.by_fraction`` would take.
+    that ``Subset.by_fraction`` would take with this ``draw``.
     """
 
     task = "detection"
 
-    def __init__(self, samples: SampleSet, share: float) -> None:
+    def __init__(self, samples: SampleSet, share: float, *, draw: int = 0) -> None:
         self.samples, self.name, self.ids = samples, samples.name, samples.ids
         self.classes, self.channels, self.licence = samples.classes, samples.channels, samples.licence
         self.origin, self.left_out = samples.origin, samples.left_out
-        self.boxed = set(Subset.by_fraction(samples, share).ids)
+        self.boxed = set(Subset.by_fraction(samples, share, draw=draw).ids)
 
     def __len__(self) -> int:
         return len(self.samples)
