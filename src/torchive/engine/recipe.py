@@ -46,10 +46,10 @@ class DataSpec:
     ``imbalance`` thins the training classes out to an exponential long tail whose first class is that many times as
     large as its last; 1 makes them equal, None leaves them; composed scenes draw their objects so. ``held_out``
     classes, a number or names, are never trained on, and validation and test hold them alone. The order of the classes
-    along the tail, which are held out, and which images keep their boxes are functions of ``draw`` and the names. ``sampling`` is the power
-    q of classes drawn in proportion to n_k^q: 1 takes the samples as they are, 0 all classes alike; "progressive" goes
-    from 1 to 0 over the run. A procedure's own rule comes first. ``repeat_threshold`` takes images more often whose
-    classes fewer than this share of the images show (data/repeat_factor.py); 0 is off.
+    along the tail, which are held out, and which images keep their boxes are functions of ``draw`` and the names.
+    ``sampling`` is the power q of classes drawn in proportion to n_k^q: 1 takes the samples as they are, 0 all classes
+    alike; "progressive" goes from 1 to 0 over the run. A procedure's own rule comes first. ``repeat_threshold`` takes
+    images more often whose classes fewer than this share of the images show (data/repeat_factor.py); 0 is off.
     """
 
     source: str = "solar"
