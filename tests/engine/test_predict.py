@@ -132,6 +132,11 @@ def test_drawing_shows_what_is_there(channels: int) -> None:
     box = torch.tensor([[20.0, 10, 120, 90]])
     boxed = draw_boxes(image, box, torch.tensor([1]), ("cat", "dog"), scores=torch.tensor([0.7]), smallest=1)
     assert not torch.equal(boxed[:, 50, 20], boxed[:, 50, 60]), "no edge at the box's left side"
+    small = torch.tensor([[190.0, 50, 198, 60]])  # a box narrower than its name, at the right border
+    both = draw_boxes(image, small, torch.tensor([2]), ("a name", "another name"), smallest=1)
+    assert (both[:, 36:49, 120:190] != plain[:, :1, :1]).any(), "no name above a narrow box"
+    crowd = draw_boxes(image, small.expand(40, 4), torch.full((40,), 2), ("a name", "another name"), smallest=1)
+    assert (crowd[:, 36:49, 120:190] == plain[:, :1, :1]).all(), "names of many small boxes cover the picture"
     labels = torch.zeros(100, 200, dtype=torch.int64)
     labels[:, :100] = 1
     tinted = draw_regions(image, labels, ("none", "some"), smallest=1)

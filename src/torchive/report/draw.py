@@ -115,7 +115,7 @@ def draw_boxes(
     """Boxes (L, 4) with labels from 1 and scores, masks (L, H, W) as a tint, key points (L, P, 2) as dots, true boxes
     as thin white lines; categories (H, W) of stuff as a tint with a legend, 0 and 255 stay clear.
 
-    A box too small for its name and score gets the name alone, or nothing; of one class, many boxes get no scores.
+    Of many boxes those too small for name and score get the name alone, or nothing, and of one class none gets a score.
     """
     picture, scale = _enlarged(image, smallest)
     picture, legend = (picture, []) if stuff is None else _with_regions(picture, stuff, classes, first=1)
@@ -137,7 +137,7 @@ def draw_boxes(
                 draw.ellipse((x - width, y - width, x + width, y + width), fill=colour(label - 1))
         name = [] if len(classes) == 1 else [_name(classes, label - 1)]
         score = [] if scores is None or (not name and len(boxes) > _MANY) else [f"{float(scores[index]):.2f}"]
-        room = 1.3 * (box[2] - box[0])
+        room = picture.width if len(boxes) <= _MANY else 1.3 * (box[2] - box[0])
         for words in (" ".join([*name, *score]), "".join(name)):
             if words and font.getlength(words) <= room:
                 _tag(draw, box, words, colour(label - 1), font)
@@ -263,7 +263,8 @@ def _fitting(text: str, size: int, width: int) -> str:
 def _tag(draw: ImageDraw.ImageDraw, box: Sequence[float], text: str, tint: tuple[int, int, int], font: Any) -> None:
     """The label on its colour above the box, or inside where there is no room."""
     width, height = font.getlength(text) + 4, font.size + 3
-    left, top = box[0], box[1] - height if box[1] >= height else box[1]
+    left = max(min(box[0], draw.im.size[0] - width), 0.0)
+    top = box[1] - height if box[1] >= height else box[1]
     draw.rectangle((left, top, left + width, top + height), fill=tint)
     bright = 0.3 * tint[0] + 0.59 * tint[1] + 0.11 * tint[2] > 130
     draw.text((left + 2, top), text, fill=_INK if bright else _PAPER, font=font)
