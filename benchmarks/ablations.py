@@ -10,9 +10,9 @@ difference in points with its 95 % t-interval; the time is the processor's for a
 ``tsd`` the ordinary head at about equal multiplications, TSD without and with the progressive constraint. ``htc`` its
 switches one after the other, and the semantic branch into boxes or masks alone; also the norm of the backbone's
 gradient over the last 50 steps. ``thundernet`` context and attention alone and together, attention from a convolution
-of its own. ``light_head_rcnn`` its heads at 100, 300 and 900 regions in test. ``ehsod`` boxes of a fifth of the images, without and with the labels of the others, and boxes of all; the batches are
-the same, so that the first two see as many boxes.
-``panoptic_fpn`` one network against two smaller ones, with two kinds of stuff.
+of its own. ``light_head_rcnn`` its heads at 100, 300 and 900 regions in test. ``ehsod`` boxes of a fifth of the images,
+without and with the labels of the others, and boxes of all; the batches are the same, so that the first two see as many
+boxes. ``panoptic_fpn`` one network against two smaller ones, with two kinds of stuff.
 """
 
 from __future__ import annotations
