@@ -194,7 +194,7 @@ CONTRACT = {
 }
 
 
-@pytest.mark.parametrize("name", ["batch_independence", "parameter_gradients", "empty_targets", "bfloat16", "onnx"])
+@pytest.mark.parametrize("name", ["batch_independence", "parameter_gradients", "empty_targets", "bfloat16"])
 def test_contract_of_a_detector(name: str) -> None:
     torchive.testing.check(RetinaNet, kind="system", only=[name], **CONTRACT)
 

@@ -496,6 +496,7 @@ def segmenter(kind: str, width: int) -> nn.Sequential:
     return nn.Sequential(*parts, nn.Conv2d(width, 3, 1), nn.Upsample(scale_factor=4, mode="bilinear"))
 
 
+@pytest.mark.slow
 def test_segments_objects_of_any_size_better_at_equal_parameters():
     """Against plain and dilated networks of slightly more parameters; the second layer spreads with the object."""
     images, classes, _, _ = outlines(512, seed=0)
