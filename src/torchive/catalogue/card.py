@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -159,6 +158,8 @@ def load_card(path: Path) -> Card:
     Raises:
         CardError: the file is not TOML or breaks the schema.
     """
+    import tomllib  # the catalogue's index needs none
+
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:

@@ -22,7 +22,6 @@ from torchive.catalogue.question import (
     concepts_of,
     squash,
     stem,
-    stems,
     synonym_words,
     words_of,
 )
@@ -125,12 +124,14 @@ def find(words: str, limit: int = 10) -> list[Match]:
     if limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     concepts = _concepts(words)
-    importance = _importance(concepts)
+    corpus = _corpus()
+    answers = [[_answer(entry, concept) for concept in concepts] for entry in corpus]
+    importance = _importance(concepts, answers)
     whole = squash(words)
     near = _near_names(whole) if any(c.corrected or not c.answers for c in concepts) else {}
     scored = []
-    for entry in _corpus():
-        score, why = _score(entry, concepts, importance)
+    for entry, given in zip(corpus, answers, strict=True):
+        score, why = _score(entry, concepts, importance, given)
         if whole and whole in entry.names:
             score, why = score + 1.0 if score else 2.0, ["name or alias"]
         elif entry.name in near:
@@ -157,6 +158,7 @@ class _Entry:
     names: frozenset[str]  # name, title and aliases without spaces and marks
     texts: tuple[tuple[str, str, Phrase], ...]  # field, text, stems
     fields: dict[str, str]  # stem -> the weightiest field that holds it
+    words: dict[str, str]  # stem -> the first word that has it, "" if an author's name
     zh: str
 
 
@@ -172,7 +174,14 @@ def _entry(name: str, card: dict[str, Any]) -> _Entry:
     texts += [("alias", alias) for alias in aliases]
     texts += [("tag", tag) for tag in card.get("tags", ())]
     texts += [("task", task) for task in card["tasks"]]
-    stemmed = tuple((kind, text, stems(text)) for kind, text in texts)
+    words: dict[str, str] = {}
+    stemmed = []
+    for kind, text in texts:
+        said = words_of(text)
+        phrase = tuple(map(stem, said))
+        stemmed.append((kind, text, phrase))
+        for s, word in zip(phrase, said, strict=True):
+            words.setdefault(s, word if kind != "authors" else "")
     fields: dict[str, str] = {}
     for kind, _, phrase in stemmed:
         joined = ["".join(pair) for pair in pairwise(phrase)] if kind in ("name", "alias", "tag") else []
@@ -180,7 +189,7 @@ def _entry(name: str, card: dict[str, Any]) -> _Entry:
             if FIELDS[kind] > FIELDS.get(fields.get(s, ""), 0.0):
                 fields[s] = kind
     names = frozenset(squash(n) for n in (name, card["title"], *aliases))
-    return _Entry(name, card["state"] == "built", names, stemmed, fields, card["zh"])
+    return _Entry(name, card["state"] == "built", names, tuple(stemmed), fields, words, card["zh"])
 
 
 @lru_cache(maxsize=1)
@@ -188,9 +197,8 @@ def _vocabulary() -> dict[str, str]:
     """Every stem of the cards and of the synonyms -> a word that has it."""
     known: dict[str, str] = {}
     for entry in _corpus():
-        for kind, text, _ in entry.texts:
-            for word in words_of(text):
-                known.setdefault(stem(word), word if kind != "authors" else "")
+        for s, word in entry.words.items():
+            known.setdefault(s, word)
     for word in synonym_words():
         known.setdefault(stem(word), word)
     for entry in _corpus():
@@ -211,23 +219,23 @@ def _concepts(words: str) -> tuple[Concept, ...]:
     return tuple(concepts_of(words, _vocabulary()))
 
 
-def _importance(concepts: Sequence[Concept]) -> list[float]:
+def _importance(concepts: Sequence[Concept], answers: Sequence[Sequence[tuple[float, str]]]) -> list[float]:
     """What each concept counts: rare ones more, names of problems more, unknown words less once a problem is named."""
-    corpus = _corpus()
-    held = [sum(_answer(entry, concept)[0] > 0.3 for entry in corpus) for concept in concepts]
+    held = [sum(given[k][0] > 0.3 for given in answers) for k in range(len(concepts))]
     named = any(c.weight == PROBLEM and n for c, n in zip(concepts, held, strict=True))
     return [
-        (1 + RARITY * log((len(corpus) + 1) / (n + 1))) * (c.weight if n or not named else UNKNOWN)
+        (1 + RARITY * log((len(answers) + 1) / (n + 1))) * (c.weight if n or not named else UNKNOWN)
         for c, n in zip(concepts, held, strict=True)
     ]
 
 
-def _score(entry: _Entry, concepts: Sequence[Concept], importance: list[float]) -> tuple[float, list[str]]:
+def _score(
+    entry: _Entry, concepts: Sequence[Concept], importance: list[float], answers: Sequence[tuple[float, str]]
+) -> tuple[float, list[str]]:
     total = sum(importance)
     got = share = 0.0
     why: list[str] = []
-    for concept, weight in zip(concepts, importance, strict=True):
-        value, reason = _answer(entry, concept)
+    for weight, (value, reason) in zip(importance, answers, strict=True):
         if value:
             got += weight * value
             share += weight
