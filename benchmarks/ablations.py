@@ -214,15 +214,14 @@ def arms(name: str, study: Study, seed: int, steps: int) -> Iterator[tuple[str, 
     for arm, options in study.arms.items():
         torch.manual_seed(seed)
         net = torchive.create_model(name, num_classes=len(THINGS), **{**study.shared, **options})
-        targets = partly_boxed(learnt[1], study.boxed.get(arm, 1.0)) if name == "ehsod" else learnt[1]
+        targets = partly_boxed(learnt[1], study.boxed[arm]) if arm in study.boxed else learnt[1]
         norm = learn(net, (learnt[0], targets), steps=steps, batch=study.batch, seed=seed)
-        counts = study.regions or (0,)
-        for count in counts:
-            if count:
-                net.rpn.after_nms = (net.rpn.after_nms[0], count)  # type: ignore[union-attr]
-            label = f"{arm}, {count} regions" if count else arm
-            parameters = sum(p.numel() for p in net.parameters())
-            yield label, {**scored(net, unseen), "norm": norm, "parameters": parameters / 1e6}
+        rest = {"norm": norm, "parameters": sum(p.numel() for p in net.parameters()) / 1e6}
+        if not study.regions:
+            yield arm, {**scored(net, unseen), **rest}
+        for count in study.regions:
+            net.rpn.after_nms = (net.rpn.after_nms[0], count)  # type: ignore[union-attr]
+            yield f"{arm}, {count} regions", {**scored(net, unseen), **rest}
 
 
 def main() -> None:

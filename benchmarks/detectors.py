@@ -38,7 +38,6 @@ from torchive.methods.segmentation.instance_depth_direction.encoding import enco
 from torchive.nn.retinanet import RetinaNet
 
 Targets = list[dict[str, Tensor]]
-PARTS = ("against", "methods", "boxes", "claims", "regions", "groups")
 COUNTS = (0, 1, 10, 100, 1000, 5000)
 
 
@@ -362,17 +361,26 @@ def one_hot(classes: Tensor, count: int) -> Tensor:
     return 20.0 * nn.functional.one_hot(classes, count).movedim(-1, 0).float()
 
 
+RUNS = {
+    "against": against,
+    "methods": methods,
+    "boxes": boxes,
+    "claims": claims,
+    "regions": regions,
+    "groups": groups,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="+", default=[])
     a = parser.parse_args()
     torch.set_num_threads(1)
     for part in a.parts:
         print(f"== {part}")
-        run = {"against": against, "methods": methods, "boxes": boxes, "claims": claims, "regions": regions}
-        (run | {"groups": groups})[part](a.rounds, a.only)
+        RUNS[part](a.rounds, a.only)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,7 @@ from torchive.engine.views import SomeClasses, Subset, labels_of, object_labels_
 
 def class_counts(samples: SampleSet) -> list[int]:
     """How many samples, or objects of a detection set, each class has. Raises RecipeError where there is no class."""
-    if samples.task == "detection":
-        labels = [label - 1 for found in object_labels_of(samples) or [] for label in found]
-    else:
-        _require_classes(samples, "class counts")
-        labels = labels_of(samples)
+    labels = [label for shown in _shown(samples, "class counts") for label in shown]
     return torch.tensor(labels, dtype=torch.long).bincount(minlength=len(samples.classes)).tolist()
 
 
@@ -150,7 +146,9 @@ def class_order(
     if repeat:
         if own is not None or sampling != 1 or pairs:
             raise RecipeError("data.repeat_threshold: the order is given already, by pairs, sampling or the procedure")
-        return RepeatFactorSampler(repeat_factors(_shown(samples), repeat), seed=train.seed).order
+        return RepeatFactorSampler(
+            repeat_factors(_shown(samples, "data.repeat_threshold"), repeat), seed=train.seed
+        ).order
     if own is None and sampling == 1:
         return pair_order(pairs, train.seed) if pairs else None
     if train.seconds is not None and (own is not None or isinstance(sampling, str)):
@@ -174,11 +172,11 @@ def class_order(
     ).order
 
 
-def _shown(samples: SampleSet) -> list[list[int]]:
-    """The classes, from 0, of each sample, or of its objects."""
+def _shown(samples: SampleSet, what: str) -> list[list[int]]:
+    """The classes, from 0, of each sample, or of its objects; ``what`` needs them."""
     if samples.task == "detection":
         return [[label - 1 for label in labels] for labels in object_labels_of(samples) or []]
-    _require_classes(samples, "data.repeat_threshold")
+    _require_classes(samples, what)
     return [[label] for label in labels_of(samples)]
 
 

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from torchive.nn.regions import scored_regions
+from torchive.nn.regions import decode_regions, scored_regions
 from torchive.ops.images import batch_images, check_images
+from torchive.structures import Detections
 
 
 class TwoStage(nn.Module):
@@ -36,6 +37,22 @@ class TwoStage(nn.Module):
         """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""
         check_images(inputs, self.in_channels)
         return batch_images(inputs, shorter=self.image_size, divisor=max(self.strides[-1] // 2, 16))
+
+
+class DetectsRegions(TwoStage):
+    """A detector whose regions, suppressed after ``forward``, are its detections."""
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Those that depend on how the detector was built, for what ``decode`` is not given or given as None."""
+        return {}
+
+    def decode(
+        self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
+    ) -> list[Detections]:
+        """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
+        given = {name: value for name, value in options.items() if value is not None}
+        return decode_regions(self._final(raw), image_sizes, **self._coding(), **{**self.thresholds, **given})
 
 
 class DetectsInForward(TwoStage):

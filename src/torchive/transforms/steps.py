@@ -11,6 +11,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
+from torchive.ops.boxes import clip_to
+
 #: Names that a recipe may list under ``augment``, by task: from the image's size to the augmentation.
 _COMMON: dict[str, Callable[[int | None], nn.Module]] = {
     "flip": lambda size: v2.RandomHorizontalFlip(0.5),
@@ -112,7 +114,7 @@ class RandomShiftScale(nn.Module):
         middle = target["boxes"].new_tensor([width / 2, height / 2])
         offset = middle.new_tensor(by) + middle * (1 - factor)
         boxes = target["boxes"].as_subclass(torch.Tensor) * factor + offset.repeat(2)
-        boxes = boxes.minimum(2 * middle.repeat(2)).clamp(min=0)
+        boxes = clip_to(boxes[None], (height, width))[0]
         left = (boxes[:, 2:] - boxes[:, :2] >= 1).all(1)
         if "masks" in found:
             left &= (found["masks"].as_subclass(torch.Tensor) > 0).flatten(1).any(1)

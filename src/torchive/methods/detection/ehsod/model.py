@@ -21,13 +21,12 @@ from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
 from torchive.nn.regions import (
     Regions,
-    decode_regions,
     join_regions,
     region_loss,
     region_maps,
     take_regions,
 )
-from torchive.nn.two_stage import TwoStage
+from torchive.nn.two_stage import DetectsRegions
 from torchive.ops.images import check_targets, image_sizes, scale_targets
 from torchive.ops.roi import pool_regions
 from torchive.structures import Detections
@@ -35,7 +34,7 @@ from torchive.structures import Detections
 Target = dict[str, Tensor]
 
 
-class EHSOD(TwoStage):
+class EHSOD(DetectsRegions):
     """Two-stage detector that learns from boxes and from image-level labels: images to boxes and class scores.
 
     A target may hold ``has_boxes`` () and ``image_labels`` (K,), 1 for each class that the image shows. Without the
@@ -155,12 +154,6 @@ class EHSOD(TwoStage):
                 targets = [old if has else new for old, new, has in zip(targets, mined, boxed, strict=True)]
                 known = boxed | torch.tensor([len(target["boxes"]) > 0 for target in targets], device=x.device)
         return losses
-
-    def decode(
-        self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
-    ) -> list[Detections]:
-        """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
-        return decode_regions(self._final(raw), image_sizes, **options)
 
     def predict(
         self,

@@ -11,7 +11,6 @@ from torchive.nn.pyramid import Pyramid, SingleMap, VGGFeatures
 from torchive.nn.region_proposals import RegionProposals
 from torchive.nn.regions import (
     RegionStage,
-    decode_regions,
     image_of,
     region_codes,
     region_loss,
@@ -19,12 +18,12 @@ from torchive.nn.regions import (
     sample_regions,
 )
 from torchive.nn.sigmoid_classes import SigmoidPredictor, SigmoidRegionLoss
-from torchive.nn.two_stage import TwoStage
+from torchive.nn.two_stage import DetectsRegions
 from torchive.ops.images import check_targets, image_sizes, scale_targets
 from torchive.structures import Detections
 
 
-class FasterRCNN(TwoStage):
+class FasterRCNN(DetectsRegions):
     """Two-stage detector: images (N, C, H, W), or a list of (C, H, W), to proposals, their class scores and box
     offsets.
 
@@ -177,13 +176,6 @@ class FasterRCNN(TwoStage):
         """What ``predict`` takes where it is given None: with sigmoids those of Tan et al., 2020."""
         score, most = (1e-4, 300) if self.sigmoid else (0.05, 100)
         return {"score_threshold": score, "nms_threshold": 0.5, "max_detections": most}
-
-    def decode(
-        self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
-    ) -> list[Detections]:
-        """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
-        given = {name: value for name, value in options.items() if value is not None}
-        return decode_regions(raw, image_sizes, **self._coding(), **{**self.thresholds, **given})
 
     def predict(
         self,

@@ -14,8 +14,8 @@ from torchive.methods.detection.guided_anchoring.guide import Matching
 from torchive.methods.detection.guided_anchoring.proposals import GuidedProposals
 from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
-from torchive.nn.regions import RegionStage, decode_regions, image_of, region_loss, region_maps, sample_regions
-from torchive.nn.two_stage import TwoStage
+from torchive.nn.regions import RegionStage, image_of, region_loss, region_maps, sample_regions
+from torchive.nn.two_stage import DetectsRegions
 from torchive.ops.images import check_targets, image_sizes, scale_targets
 from torchive.structures import Detections
 
@@ -23,7 +23,7 @@ from torchive.structures import Detections
 REGION_CODE = (20.0, 20.0, 10.0, 10.0)
 
 
-class GuidedAnchoring(TwoStage):
+class GuidedAnchoring(DetectsRegions):
     """Faster R-CNN over a pyramid whose proposals come from guided anchors: images (N, C, H, W), or a list of
     (C, H, W), to proposals, their class scores and box offsets.
 
@@ -163,13 +163,6 @@ class GuidedAnchoring(TwoStage):
         if self.roi_heads is None:
             return {"score_threshold": 0.0, "nms_threshold": 0.7}
         return {"score_threshold": 0.05, "nms_threshold": 0.5}
-
-    def decode(
-        self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
-    ) -> list[Detections]:
-        """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
-        given = {name: value for name, value in options.items() if value is not None}
-        return decode_regions(raw, image_sizes, **self._coding(), **{**self.thresholds, **given})
 
     def predict(
         self,

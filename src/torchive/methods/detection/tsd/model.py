@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -12,14 +12,14 @@ from torchive.methods.detection.tsd.loss import progressive_constraint
 from torchive.methods.detection.tsd.pooling import Points
 from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
-from torchive.nn.regions import decode_regions, image_of, region_loss, region_maps, sample_regions
-from torchive.nn.two_stage import TwoStage
+from torchive.nn.regions import image_of, region_loss, region_maps, sample_regions
+from torchive.nn.two_stage import DetectsRegions
 from torchive.ops.images import check_targets, image_sizes, scale_targets
 from torchive.ops.roi import pool_regions
 from torchive.structures import Detections
 
 
-class TSD(TwoStage):
+class TSD(DetectsRegions):
     """Two-stage detector over a pyramid: images (N, C, H, W), or a list of (C, H, W), to proposals, the scores of
     their classes and the offsets of their boxes, each read at a place of its own.
 
@@ -160,12 +160,6 @@ class TSD(TwoStage):
                 logits, deltas, moved, plain, offsets, regions, margin=self.margin
             )
         return losses
-
-    def decode(
-        self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
-    ) -> list[Detections]:
-        """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
-        return decode_regions(self._final(raw), image_sizes, **options)
 
     def _final(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
         return {**raw, "proposals": raw["moved"]}
