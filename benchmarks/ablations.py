@@ -10,8 +10,9 @@ difference in points with its 95 % t-interval; the time is the processor's for a
 ``tsd`` the ordinary head at about equal multiplications, TSD without and with the progressive constraint. ``htc`` its
 switches one after the other, and the semantic branch into boxes or masks alone; also the norm of the backbone's
 gradient over the last 50 steps. ``thundernet`` context and attention alone and together, attention from a convolution
-of its own. ``light_head_rcnn`` its heads at 100, 300 and 900 regions in test. ``ehsod`` boxes of a fifth of the images,
-without and with the labels of the others, and boxes of all; the batches are the same, so that the first two see as many
+of its own; and SSDLite on images so large that it multiplies as often. ``light_head_rcnn`` its heads and R-FCN's at
+100, 300 and 900 regions in test. ``ehsod`` boxes of a fifth of the images, without and with the labels of the others,
+these also at a tenth of their weight, and boxes of all; the batches are the same, so that the first two see as many
 boxes. ``panoptic_fpn`` one network against two smaller ones, with two kinds of stuff.
 """
 
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import masks_to_boxes
 
 import torchive
@@ -63,11 +65,12 @@ class Study:
     metrics: tuple[str, ...] = ("map", "map_75")
     size: int = 64
     batch: int = 4
+    rivals: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)  # other methods, with all arguments
     boxed: dict[str, float] = field(default_factory=dict)  # share of the images with boxes, by arm
     regions: tuple[int, ...] = ()  # numbers of regions at which each arm is scored
 
 
-REST = {"ms": "ms", "norm": "gradient's norm", "parameters": "million parameters"}
+REST = {"ms": "ms", "work": "million multiplications", "norm": "gradient's norm", "parameters": "million parameters"}
 STUDIES = {
     "tsd": Study(
         {**TWO_STAGE, "inter_channels": 32, "samples": 2},
@@ -101,10 +104,16 @@ STUDIES = {
         },
         metrics=("map", "map_50"),
         size=96,
+        rivals={"SSDLite, 108 pixels": ("ssd", {"backbone": "timm/test_resnet", "image_size": 108, "lite": True})},
     ),
     "light_head_rcnn": Study(
         {**ONE_MAP, "inter_channels": 64, "width": 128, "before_nms": [1000, 2000], "after_nms": [100, 900]},
-        {"two layers": {"head": "heavy"}, "thin, by place": {}, "thin, without place": {"head": "plain"}},
+        {
+            "two layers": {"head": "heavy"},
+            "thin, by place": {},
+            "thin, without place": {"head": "plain"},
+            "voted (R-FCN)": {"head": "voted", "hidden": 256},
+        },
         metrics=("map", "map_50"),
         size=160,
         batch=2,
@@ -115,11 +124,16 @@ STUDIES = {
         {
             "boxes of 20 %": {"cam_weight": 0.0, "image_weight": 0.0, "rank_by": "none"},
             "hybrid, boxes of 20 %": {},
+            "hybrid with a tenth of the weights, boxes of 20 %": {"cam_weight": 0.1, "image_weight": 0.1},
             "boxes of all": {"cam_weight": 0.0, "image_weight": 0.0, "rank_by": "none"},
         },
         metrics=("map", "map_50"),
         batch=8,
-        boxed={"boxes of 20 %": 0.2, "hybrid, boxes of 20 %": 0.2},
+        boxed={
+            "boxes of 20 %": 0.2,
+            "hybrid, boxes of 20 %": 0.2,
+            "hybrid with a tenth of the weights, boxes of 20 %": 0.2,
+        },
     ),
     "panoptic_fpn": Study(
         {**TWO_STAGE, "stuff_classes": len(STUFF), "background": False, "width": 32, "stuff_area": 64},
@@ -199,21 +213,27 @@ def scored(net: nn.Module, unseen: Scenes) -> dict[str, float]:
     """All metrics on images that were not learnt, in percent, and the milliseconds of a prediction."""
     rows, spent = [], []
     with torch.no_grad():
+        with FlopCounterMode(display=False) as count:
+            net.eval().predict(unseen[0][:1])  # type: ignore[operator]
         for image, truth in zip(*unseen, strict=True):
             start = time.process_time()
             (found,) = net.eval().predict([image])  # type: ignore[operator]
             spent.append(1e3 * (time.process_time() - start))
             rows.append(record_of("detection", found, truth, len(THINGS)))
     metrics = metrics_of("detection", rows, THINGS, STUFF)
-    return {name: 100 * value for name, value in metrics.items()} | {"ms": median(spent)}
+    return {name: 100 * value for name, value in metrics.items()} | {
+        "ms": median(spent),
+        "work": count.get_total_flops() / 2e6,
+    }
 
 
 def arms(name: str, study: Study, seed: int, steps: int) -> Iterator[tuple[str, dict[str, float]]]:
     """Each arm's figures under one seed."""
     learnt, unseen = draw(400, study.size, seed), draw(64, study.size, 10_000 + seed)
-    for arm, options in study.arms.items():
+    nets = {arm: (name, {**study.shared, **options}) for arm, options in study.arms.items()} | study.rivals
+    for arm, (method, options) in nets.items():
         torch.manual_seed(seed)
-        net = torchive.create_model(name, num_classes=len(THINGS), **{**study.shared, **options})
+        net = torchive.create_model(method, num_classes=len(THINGS), **options)
         targets = partly_boxed(learnt[1], study.boxed[arm]) if arm in study.boxed else learnt[1]
         norm = learn(net, (learnt[0], targets), steps=steps, batch=study.batch, seed=seed)
         rest = {"norm": norm, "parameters": sum(p.numel() for p in net.parameters()) / 1e6}

@@ -14,7 +14,8 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 import torchive.testing
-from torchive.nn.retinanet import RetinaNet, dense_loss, match_anchors
+from torchive.nn.retinanet import RetinaNet, dense_loss
+from torchive.ops.matching import match_anchors
 
 SMALL = {"backbone": "timm/test_efficientnet", "channels": 8, "num_classes": 3}
 

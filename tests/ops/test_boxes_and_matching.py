@@ -14,8 +14,8 @@ from torchvision.ops import batched_nms, box_iou
 
 from torchive.ops.anchors import cell_anchors, default_boxes, default_scales, default_shapes, grid_anchors
 from torchive.ops.boxes import LOG_CLAMP, clip_boxes, decode_boxes, encode_boxes, keep_after_nms, paired_iou
-from torchive.ops.images import check_images, check_targets, pad_batch, stack_resized
-from torchive.ops.matching import hard_negatives, match_default_boxes
+from torchive.ops.images import check_images, pad_batch, stack_resized, training_targets
+from torchive.ops.matching import hard_negatives, match_anchors, match_default_boxes
 
 
 def random_boxes(count: int, size: float = 100.0) -> Tensor:
@@ -216,10 +216,56 @@ def test_batches_of_images() -> None:
         check_images([torch.rand(4, 30, 50)], 3)
     with pytest.raises(TypeError, match="uint8"):
         check_images([torch.zeros(3, 8, 8, dtype=torch.uint8)], 3)
+    with pytest.raises(ValueError, match="0, 3, 8, 8"):
+        check_images(torch.zeros(0, 3, 8, 8), 3)
+
+
+def test_targets_are_checked_in_one_look() -> None:
+    good = {"boxes": torch.tensor([[5.0, 5, 8, 9]]), "labels": torch.tensor([3], dtype=torch.int32)}
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.tensor([])}
+    assert [t["labels"].dtype for t in training_targets([good, empty], 2, 3)] == [torch.int64] * 2
     for bad, words in (
-        ({"boxes": torch.tensor([[5.0, 5, 5, 9]]), "labels": torch.tensor([1])}, "width and height"),
-        ({"boxes": torch.tensor([[5.0, 5, 8, 9]]), "labels": torch.tensor([0])}, "1 to 3"),
-        ({"boxes": torch.zeros(2, 4), "labels": torch.tensor([1])}, "boxes"),
+        ({"boxes": torch.tensor([[5.0, 5, 5, 9]]), "labels": torch.tensor([1])}, "target 1.*width and height"),
+        ({"boxes": torch.tensor([[5.0, 5, torch.nan, 9]]), "labels": torch.tensor([1])}, "target 1.*width and height"),
+        ({"boxes": torch.tensor([[5.0, 5, 8, 9]]), "labels": torch.tensor([0])}, "target 1.*1 to 3"),
+        ({"boxes": torch.tensor([[5.0, 5, 8, 9]]), "labels": torch.tensor([1.0])}, "target 1.*int64.*float32"),
+        ({"boxes": torch.zeros(2, 4), "labels": torch.tensor([1])}, "target 1.*boxes"),
+        ({"boxes": torch.zeros(2, 4), "masks": torch.zeros(2, 8, 8)}, "target 1.*got boxes, masks"),
     ):
         with pytest.raises(ValueError, match=words):
-            check_targets([bad], 1, 3)
+            training_targets([good, bad], 2, 3)
+    with pytest.raises(ValueError, match="expected 1 targets"):
+        training_targets([good, good], 1, 3)
+
+
+def test_crowds_are_left_out_of_training() -> None:
+    boxes, masks = torch.rand(3, 4).cumsum(1), torch.zeros(3, 6, 7, dtype=torch.uint8)
+    masks[1, 2:4], masks[2, 5] = 1, 1
+    target = {
+        "boxes": boxes,
+        "labels": torch.tensor([1, 2, 3]),
+        "masks": masks,
+        "iscrowd": torch.tensor([0, 1, 0]),
+        "semantic": torch.zeros(6, 7),
+        "image_labels": torch.ones(3),
+    }
+    (found,) = training_targets([target], 1, 3)
+    assert torch.equal(found["boxes"], boxes[[0, 2]])
+    assert found["labels"].tolist() == [1, 3]
+    assert torch.equal(found["masks"], masks[[0, 2]])
+    assert torch.equal(found["ignored"], masks[1] != 0)
+    assert (found["semantic"].shape, found["image_labels"].shape) == ((6, 7), (3,))
+    assert len(target["boxes"]) == len(training_targets([target], 1, 3, crowds=True)[0]["boxes"]) == 3
+    (none,) = training_targets([{**target, "iscrowd": torch.ones(3)}], 1, 3)
+    assert (len(none["boxes"]), len(none["masks"])) == (0, 0)
+
+
+def test_an_object_that_no_anchor_reaches_has_none() -> None:
+    """Its best overlap is zero, which all anchors share: none of them may become positive by that."""
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [8, 8, 24, 24]])
+    near, far = torch.tensor([[0.0, 0, 9, 9]]), torch.tensor([[90.0, 90, 95, 95]])
+    matcher = Matcher(0.7, 0.3, allow_low_quality_matches=True)
+    assert (matcher(box_iou(torch.cat([far, near]), anchors)) >= 0).all()  # torchvision's
+    assert match_anchors(anchors, torch.cat([far, near]), matcher).tolist() == [1, -1, -1]
+    assert match_anchors(anchors, far, matcher).tolist() == [-1, -1, -1]
+    assert match_anchors(anchors, near, matcher).tolist() == [0, -1, -1]

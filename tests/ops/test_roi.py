@@ -73,6 +73,19 @@ def test_pooling_and_its_gradients_are_the_operators(levels: int, layout: torch.
     torch.testing.assert_close(half.double(), expected.detach(), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("levels", [1, 3])
+def test_half_precision_does_not_move_boxes(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between 512 and 1024 a bfloat16 holds every fourth pixel only; the operator's own branch, as in an export."""
+    maps, image = [torch.rand(2, 3, 1200 // s, 1200 // s).bfloat16() for s in STRIDES[:levels]], torch.arange(20) % 2
+    corner = 601.3 + torch.rand(20, 2) * 300
+    boxes = torch.cat([corner, corner + 20 + torch.rand(20, 2) * 200], 1)
+    wide = pool_regions([m.float() for m in maps], STRIDES[:levels], boxes, image)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    got = pool_regions(maps, STRIDES[:levels], boxes, image)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), wide, rtol=0.005, atol=0.005)
+
+
 def test_a_moved_box_is_the_box_at_its_new_place() -> None:
     maps, (boxes, image) = pyramid(2, 5), some_boxes(40)
     shift = torch.randn(40, 2, dtype=torch.double) * 20

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models.detection.ssd import SSDFeatureExtractorVGG
 from torchvision.models.vgg import cfgs, make_layers
+from torchvision.ops import Conv2dNormActivation
 
 from torchive.nn.network import build_features
 
@@ -46,6 +48,13 @@ class VGGSources(SSDFeatureExtractorVGG):
 class PyramidSources(nn.Module):
     """Any backbone's maps from stride 8 on, then 3x3 convolutions of stride two down to one cell at ``image_size``.
 
+    Args:
+        backbone: ``timm/NAME``, ``torchvision/NAME`` or a module with ``levels``.
+        in_channels: C.
+        image_size: side of the image.
+        width: of the 1x1 convolutions between; an added map has twice as many channels.
+        lite: whether the added 3x3 convolutions are depthwise with a 1x1 one after them, as in SSDLite.
+
     Raises:
         ValueError: the backbone has no map of stride 8 or more.
     """
@@ -53,7 +62,13 @@ class PyramidSources(nn.Module):
     smallest = 1
 
     def __init__(
-        self, backbone: str | nn.Module, *, in_channels: int = 3, image_size: int = 128, width: int = 128
+        self,
+        backbone: str | nn.Module,
+        *,
+        in_channels: int = 3,
+        image_size: int = 128,
+        width: int = 128,
+        lite: bool = False,
     ) -> None:
         super().__init__()
         self.body = build_features(backbone, in_channels=in_channels)
@@ -66,21 +81,16 @@ class PyramidSources(nn.Module):
         channels = [levels[k].channels for k in self.kept]
         cells = -(-image_size // levels[-1].stride)
         self.extra = nn.ModuleList()
+        block = _separable if lite else _dense
         while cells > 1 and len(channels) < 6:
-            self.extra.append(
-                nn.Sequential(
-                    nn.Conv2d(channels[-1], width, 1),
-                    nn.ReLU(inplace=True),
-                    nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-                    nn.ReLU(inplace=True),
-                )
-            )
+            self.extra.append(block(channels[-1], width))
             channels.append(2 * width)
             cells = -(-cells // 2)
         for layer in self.extra.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         self.channels = tuple(channels)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -89,3 +99,19 @@ class PyramidSources(nn.Module):
         for block in self.extra:
             maps.append(block(maps[-1]))
         return maps
+
+
+def _dense(channels: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _separable(channels: int, width: int) -> nn.Sequential:
+    layer = partial(Conv2dNormActivation, activation_layer=nn.ReLU6)
+    return nn.Sequential(
+        layer(channels, width, 1), layer(width, width, 3, stride=2, groups=width), layer(width, 2 * width, 1)
+    )

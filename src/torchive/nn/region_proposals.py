@@ -12,6 +12,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, con
 
 from torchive.ops.anchors import cell_anchors, grid_anchors
 from torchive.ops.boxes import clip_boxes, decode_boxes, encode_boxes, keep_after_nms
+from torchive.ops.matching import IGNORED, match_anchors
 from torchive.protocols import Level
 
 Sampler = Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]
@@ -123,19 +124,22 @@ class RegionProposals(TrainingProposals, RegionProposalNetwork):
         """The labels (A,) of each image, 1, 0 or -1, and the box (A, 4) that each anchor is to regress to."""
         labels, matched = [], []
         for target, size in zip(targets, sizes, strict=True):
-            inside = torch.ones_like(anchors[:, 0], dtype=torch.bool)
-            if self.ignore_crossing:
+            if not self.ignore_crossing:
+                label, box = self._assign(anchors, target["boxes"])
+            else:
                 inside = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2] <= size[1]) & (anchors[:, 3] <= size[0])
-            label, box = torch.full_like(anchors[:, 0], -1), anchors.clone()
-            if inside.any():
-                found, boxes = self.assign_targets_to_anchors([anchors[inside]], [target])
-                label[inside] = found[0].to(label.dtype)
-                # an anchor of an image without boxes is never positive: its own box stands in, whose code is finite
-                if len(target["boxes"]):
-                    box[inside] = boxes[0].to(box.dtype)
+                label, box = torch.full_like(anchors[:, 0], -1), anchors.clone()
+                label[inside], box[inside] = self._assign(anchors[inside], target["boxes"])
             labels.append(label)
             matched.append(box)
         return labels, matched
+
+    def _assign(self, anchors: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels (A,) and boxes (A, 4) of anchors (A, 4); an anchor without any stands in for its box, whose code is
+        finite."""
+        match = match_anchors(anchors, boxes, self.proposal_matcher)
+        label = (match >= 0).to(anchors.dtype).masked_fill(match == IGNORED, -1)
+        return label, boxes[match.clamp(min=0)].to(anchors.dtype) if len(boxes) else anchors
 
 
 class ConditionedRPNHead(RPNHead):

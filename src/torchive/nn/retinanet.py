@@ -15,7 +15,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import box_iou, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 from torchive.nn.prior import init_classifier
 from torchive.nn.pyramid import Pyramid
@@ -25,14 +25,14 @@ from torchive.ops.images import (
     batch_images,
     box_factors,
     check_images,
-    check_targets,
     image_sizes,
     scale_targets,
     side_factors,
+    training_targets,
 )
+from torchive.ops.matching import IGNORED, match_anchors
 from torchive.structures import Detections
 
-NEGATIVE, IGNORED = -1, -2
 Normaliser = Literal["batch", "image"]
 
 
@@ -172,7 +172,7 @@ class RetinaNet(DenseDetector):
     def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """``classification`` and ``localisation``; without boxes the second is zero."""
         raw = self(inputs)
-        check_targets(targets, len(raw["logits"]), self.num_classes)
+        targets = training_targets(targets, len(raw["logits"]), self.num_classes)
         targets = scale_targets(targets, raw["sizes"], image_sizes(inputs))
         matches = torch.stack([match_anchors(raw["anchors"], target["boxes"], self.matcher) for target in targets])
         return dense_loss(
@@ -183,14 +183,6 @@ class RetinaNet(DenseDetector):
             localisation=self.localisation_loss,
             normaliser=self.normaliser,
         )
-
-
-def match_anchors(anchors: Tensor, boxes: Tensor, matcher: Matcher) -> Tensor:
-    """Of each anchor (A,) the row of its box (L, 4), -1 for background, -2 where it does not count."""
-    if not len(boxes):
-        return torch.full_like(anchors[:, 0], NEGATIVE, dtype=torch.int64)
-    found: Tensor = matcher(box_iou(boxes.to(anchors), anchors))
-    return found
 
 
 def dense_loss(

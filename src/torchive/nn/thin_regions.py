@@ -1,4 +1,4 @@
-"""A second stage on a thin position-sensitive map, and the loss of the regions that cost most."""
+"""Second stages on position-sensitive maps, and the loss of the regions that cost most."""
 
 from __future__ import annotations
 
@@ -83,6 +83,32 @@ class ThinRegionStage(nn.Module):
             pooled = pool_regions([x], [stride], boxes, image, size=self.size, sampling_ratio=self.samples)
         hidden = self.layer(pooled.flatten(1)).relu()
         return self.class_score(hidden), self.box_delta(hidden)
+
+
+class VotedRegionStage(nn.Module):
+    """Regions to class scores and offsets without a layer of their own: the mean of position-sensitive bins.
+
+    Dai et al., "R-FCN: Object Detection via Region-based Fully Convolutional Networks", NeurIPS 2016, arXiv:1605.06409,
+    its voting; a bin is pooled by RoIAlign.
+
+    Args:
+        num_classes: K.
+        size: bins along each side; each class and each offset has size^2 maps, ``in_channels`` in all, scores first.
+        samples: points along each side of a bin.
+        per_class: whether each class has offsets of its own, (R, 4 (K + 1)) instead of (R, 4).
+    """
+
+    def __init__(self, num_classes: int, *, size: int = 7, samples: int = 2, per_class: bool = False) -> None:
+        super().__init__()
+        self.size, self.samples = size, samples
+        self.outputs = [num_classes + 1, 4 * (num_classes + 1) if per_class else 4]
+        self.in_channels = sum(self.outputs) * size**2
+
+    def forward(self, x: Tensor, stride: int, boxes: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and deltas of boxes (R, 4), in pixels of the batch, on the images ``image`` (R,)."""
+        bins = pool_position_sensitive(x, boxes, image, stride=stride, size=self.size, samples=self.samples)
+        logits, deltas = bins.mean((2, 3)).split(self.outputs, 1)
+        return logits, deltas
 
 
 def hard_region_loss(

@@ -16,10 +16,10 @@ def check_images(images: Tensor | Sequence[Tensor], channels: int) -> None:
 
     Raises:
         TypeError: neither, or images that are not floating point.
-        ValueError: another rank or channel count.
+        ValueError: another rank or channel count, or no image.
     """
     if isinstance(images, Tensor):
-        if images.ndim != 4 or images.shape[1] != channels:
+        if images.ndim != 4 or images.shape[1] != channels or images.shape[0] == 0:
             raise ValueError(f"expected (N, {channels}, H, W) or a list of images, got shape {tuple(images.shape)}")
         if not images.is_floating_point():
             raise TypeError(f"expected floating-point images, got {images.dtype}")
@@ -158,29 +158,72 @@ def side_factors(sizes: Tensor, original: Sequence[int]) -> Tensor:
     return (size_tensor(original, sizes) / sizes)[:, [1, 0, 1, 0]]
 
 
-def check_targets(targets: Sequence[dict[str, Tensor]], count: int, num_classes: int) -> None:
-    """Refuse targets that do not fit: one dict per image, boxes (L, 4) with area, labels (L,) int64 from 1 to K.
+#: Keys of a target with one row for each object.
+_ROWS = ("boxes", "labels", "masks", "iscrowd", "area", "keypoints", "pair_id", "style", "source", "rotated", "depth")
+
+
+def training_targets(
+    targets: Sequence[dict[str, Tensor]], count: int, num_classes: int, *, crowds: bool = False
+) -> list[dict[str, Tensor]]:
+    """Targets that a detector learns from: one dict per image, boxes (L, 4) with area, labels (L,) int64 from 1 to K.
+
+    Objects with ``iscrowd`` are nobody's to find and are left out; where they have masks, ``ignored`` (H, W) bool are
+    their pixels.
+
+    Args:
+        targets: as a user gives them, see ``torchive.structures.batch``.
+        count: number of images.
+        num_classes: K.
+        crowds: leave the crowds in.
 
     Raises:
         ValueError: naming the image and what is wrong.
     """
     if len(targets) != count:
         raise ValueError(f"expected {count} targets, one for each image, got {len(targets)}")
+    found = []
     for k, target in enumerate(targets):
+        for key in ("boxes", "labels"):
+            if key not in target:
+                raise ValueError(f"target {k}: expected boxes and labels, got {', '.join(target) or 'nothing'}")
         boxes, labels = target["boxes"], target["labels"]
         if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
             raise ValueError(
                 f"target {k}: expected boxes (L, 4) and labels (L,), got {tuple(boxes.shape)} and {tuple(labels.shape)}"
             )
-        if len(boxes) == 0:
-            continue
-        if not bool((boxes[:, 2:] > boxes[:, :2]).all()):
-            bad = boxes[(boxes[:, 2:] <= boxes[:, :2]).any(1)][0].tolist()
-            raise ValueError(f"target {k}: boxes must have width and height above zero, got {bad}")
-        if labels.min() < 1 or labels.max() > num_classes:
+        if len(labels) and (labels.is_floating_point() or labels.dtype == torch.bool):
+            raise ValueError(f"target {k}: expected int64 labels, got {labels.dtype}")
+        found.append({**target, "labels": labels.long()})
+    if found:
+        _check_values(found, num_classes)
+    return found if crowds else [_without_crowds(target) for target in found]
+
+
+def _check_values(targets: Sequence[dict[str, Tensor]], num_classes: int) -> None:
+    """One look at all boxes and labels; the culprit is sought only where there is one."""
+    boxes, labels = (torch.cat([target[key] for target in targets]) for key in ("boxes", "labels"))
+    wrong = (boxes[:, 2:] <= boxes[:, :2]).any() | ((labels < 1) | (labels > num_classes)).any() | boxes.isnan().any()
+    if not bool(wrong):
+        return
+    for k, target in enumerate(targets):
+        boxes, labels = target["boxes"], target["labels"]
+        flat = ~(boxes[:, 2:] > boxes[:, :2]).all(1)
+        if bool(flat.any()):
+            raise ValueError(f"target {k}: boxes must have width and height above zero, got {boxes[flat][0].tolist()}")
+        if len(labels) and (labels.min() < 1 or labels.max() > num_classes):
             raise ValueError(
                 f"target {k}: labels must lie in 1 to {num_classes}, got {int(labels.min())} to {int(labels.max())}"
             )
+
+
+def _without_crowds(target: dict[str, Tensor]) -> dict[str, Tensor]:
+    crowd = target["iscrowd"].bool() if "iscrowd" in target else None
+    if crowd is None or not bool(crowd.any()):
+        return target
+    kept = {key: value[~crowd] if key in _ROWS and len(value) == len(crowd) else value for key, value in target.items()}
+    if "masks" in target:
+        kept["ignored"] = (target["masks"][crowd] != 0).any(0)
+    return kept
 
 
 def _resize(batch: Tensor, size: tuple[int, int]) -> Tensor:

@@ -98,12 +98,16 @@ def _windows(boxes: Tensor, size: tuple[int, int], cells: Sequence[int]) -> list
 
 
 def class_map(target: dict[str, Tensor], size: Sequence[int]) -> Tensor:
-    """Masks (L, H, W) with labels (L,) from 1 as one map (H, W) of classes, 0 elsewhere; the later lies on top."""
+    """Masks (L, H, W) with labels (L,) from 1 as one map (H, W) of classes, the later on top; elsewhere 0, or 255 where
+    ``ignored`` (H, W), if the target has it, is true."""
     masks, labels = target["masks"], target["labels"]
+    rest = torch.zeros(*size, dtype=torch.int64, device=masks.device)
+    if "ignored" in target:
+        rest = rest.masked_fill(target["ignored"], IGNORED)
     if not len(masks):
-        return torch.zeros(*size, dtype=torch.int64, device=masks.device)
+        return rest
     last = masks.bool().flip(0)
-    return torch.where(last.any(0), labels.flip(0)[last.to(torch.uint8).argmax(0)], 0)
+    return torch.where(last.any(0), labels.flip(0)[last.to(torch.uint8).argmax(0)], rest)
 
 
 def semantic_targets(

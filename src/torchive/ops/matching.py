@@ -1,13 +1,36 @@
-"""Which default box learns which object, and which negatives count."""
+"""Which anchor or default box learns which object, and which negatives count."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou
 
+#: Rows of background and of what does not count, torchvision's numbers.
+NEGATIVE, IGNORED = Matcher.BELOW_LOW_THRESHOLD, Matcher.BETWEEN_THRESHOLDS
 #: Wishes looked for per object until sorting them all, which costs about as much, is the safer way on.
 _CROWDED = 10
+
+
+def match_anchors(anchors: Tensor, boxes: Tensor, matcher: Matcher) -> Tensor:
+    """Of each anchor (A, 4) the row (A,) of its box (L, 4), -1 for background, -2 where it does not count.
+
+    A box that no anchor overlaps has none; torchvision's matcher would give it all that overlap it as well, by zero.
+    """
+    if not len(boxes) or not len(anchors):
+        return torch.full_like(anchors[:, 0], NEGATIVE, dtype=torch.int64)
+    overlap = box_iou(boxes.to(anchors), anchors)  # (L, A)
+    reached = overlap.amax(1) > 0
+    if bool(reached.all()):
+        found: Tensor = matcher(overlap)
+        return found
+    rows = torch.nonzero(reached)[:, 0]
+    if not len(rows):
+        return torch.full_like(anchors[:, 0], NEGATIVE, dtype=torch.int64)
+    found = matcher(overlap[rows])
+    return torch.where(found >= 0, rows[found.clamp(min=0)], found)
 
 
 def match_default_boxes(iou: Tensor, threshold: float = 0.5) -> Tensor:

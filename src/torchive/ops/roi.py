@@ -41,21 +41,23 @@ def pool_regions(
     """
     if maps[0].device.type == "cpu" and not torch.compiler.is_compiling():
         return _pool(maps, strides, boxes.detach(), image, size=size, samples=sampling_ratio, level_of=level_of)
-    regions = _operand(boxes, image).to(maps[0].dtype)  # (R, 5)
+    dtype = maps[0].dtype
+    kind = torch.promote_types(dtype, torch.float32)  # half precision does not hold pixel numbers
+    maps, regions = [x.to(kind) for x in maps], _operand(boxes, image).to(kind)  # (R, 5)
     if len(maps) == 1:
-        return roi_align(maps[0], regions, size, 1 / strides[0], sampling_ratio)
+        return roi_align(maps[0], regions, size, 1 / strides[0], sampling_ratio).to(dtype)
     level = pyramid_level(boxes if level_of is None else level_of, strides)
     if torch.compiler.is_compiling():
         pooled = roi_align(maps[0], regions, size, 1 / strides[0], sampling_ratio)
         for k in range(1, len(maps)):
             other = roi_align(maps[k], regions, size, 1 / strides[k], sampling_ratio)
             pooled = torch.where((level == k)[:, None, None, None], other, pooled)
-        return pooled
+        return pooled.to(dtype)
     pooled = maps[0].new_zeros(len(boxes), maps[0].shape[1], size, size)
     for k, (feature, stride) in enumerate(zip(maps, strides, strict=True)):
         rows = torch.nonzero(level == k)[:, 0]
-        pooled[rows] = roi_align(feature, regions[rows], size, 1 / stride, sampling_ratio).to(pooled.dtype)
-    return pooled
+        pooled[rows] = roi_align(feature, regions[rows], size, 1 / stride, sampling_ratio)
+    return pooled.to(dtype)
 
 
 def pool_moved_regions(

@@ -14,7 +14,7 @@ from torchvision.ops import ps_roi_align
 from torchive.methods.detection.light_head_rcnn import LargeSeparableConv, LightHeadRCNN
 from torchive.nn.region_proposals import rpn_loss
 from torchive.nn.regions import Regions, region_loss
-from torchive.nn.thin_regions import HardestAnchors, ThinRegionStage, hard_region_loss
+from torchive.nn.thin_regions import HardestAnchors, ThinRegionStage, VotedRegionStage, hard_region_loss
 from torchive.protocols import Level
 
 SMALL = {
@@ -157,6 +157,23 @@ def test_pooling_is_torchvisions_and_the_thin_map_has_490_channels(double) -> No
     assert deltas.shape == (3, 4)
 
 
+@pytest.mark.parametrize("per_class", [True, False])
+def test_voted_scores_are_means_of_the_bins(per_class: bool, double) -> None:
+    """Maps of one value each: a region's score is the mean of its class's 49 values, wherever the region lies."""
+    stage = VotedRegionStage(2, per_class=per_class)
+    outputs = 3 + (12 if per_class else 4)
+    assert stage.in_channels == 49 * outputs
+    values = torch.randn(outputs, 7, 7)
+    boxes = torch.tensor([[40.0, 30, 160, 120], [80, 33, 130, 150]])
+    logits, deltas = stage(values.view(1, -1, 1, 1).expand(1, -1, 12, 14), 16, boxes, torch.zeros(2).long())
+    wanted = values.mean((1, 2)).expand(2, -1)
+    torch.testing.assert_close(torch.cat([logits, deltas], 1), wanted)
+    assert (logits.shape, deltas.shape) == ((2, 3), (2, outputs - 3))
+    x, image = torch.randn(2, 49 * outputs, 12, 14), torch.tensor([1, 0])
+    pooled = ps_roi_align(x, torch.cat([image[:, None].double(), boxes], 1), 7, 1 / 16, 2)
+    torch.testing.assert_close(torch.cat(stage(x, 16, boxes, image), 1), pooled.mean((2, 3)))
+
+
 def test_operations_of_the_heads(capsys) -> None:
     """Millions of multiplications for 1000 regions of a map of 50 x 67 cells with 2048 channels.
 
@@ -204,7 +221,9 @@ def one_image() -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         {},
         {"head": "plain"},
         {"head": "heavy"},
+        {"head": "voted"},
         {"per_class": True},
+        {"head": "voted", "per_class": True},
         {"image_size": 96},
         {"backbone": "torchvision/resnet18"},
     ],
@@ -215,7 +234,9 @@ def test_contract(options: dict) -> None:
     losses = net.losses(images, targets)
     assert set(losses) == {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
     sum(losses.values()).backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.second.parameters())
+    second = [*net.thin.parameters(), *net.second.parameters()]
+    assert len(second) >= 4
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in second)
     net.eval()
     assert {k: v.shape for k, v in net(images).items()} == {k: v.shape for k, v in net.train()(images).items()}
     for found, image in zip(net.eval().predict(images, score_threshold=0.0), images, strict=True):

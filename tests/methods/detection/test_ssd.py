@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.ops import box_iou
 from torchvision.transforms import v2
@@ -172,6 +173,25 @@ def test_other_channels_and_sizes(backbone: str) -> None:
     raw = net([torch.randn(1, 80, 90)])
     cells = [13, 7, 4, 2, 1]
     assert len(raw["anchors"]) == sum(c * c * len(getattr(net, f"shapes{k}")) for k, c in enumerate(cells))
+
+
+def test_lite_is_depthwise_but_for_the_backbone() -> None:
+    """All 3x3 convolutions behind the backbone have one channel for a group, which is less than a quarter of the work."""
+    work = {}
+    for lite in (False, True):
+        net = SSD(num_classes=3, backbone="timm/resnet18", image_size=128, lite=lite).eval()
+        behind = [*net.backbone.extra.modules(), *net.head.modules()]
+        wide = [m for m in behind if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+        assert len(wide) >= len(net.backbone.extra) + 2 * len(net.sources)
+        assert all((m.groups == m.in_channels) == lite for m in wide)
+        with FlopCounterMode(display=False) as count, torch.no_grad():
+            raw = net(torch.rand(1, 3, 128, 128))
+            work[lite] = count.get_total_flops()
+            net.backbone.body(torch.rand(1, 3, 128, 128))
+            backbone = count.get_total_flops() - work[lite]
+        work[lite] -= backbone
+        assert raw["logits"].shape[1] == raw["anchors"].shape[0]
+    assert work[True] < work[False] / 4
 
 
 def test_single_source_keeps_the_shapes_of_all() -> None:

@@ -24,7 +24,7 @@ from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
 from torchive.nn.regions import RegionStage, class_boxes, image_of, region_loss, region_maps, sample_regions
 from torchive.nn.two_stage import DetectsInForward
-from torchive.ops.images import check_targets, image_sizes, scale_targets
+from torchive.ops.images import image_sizes, scale_targets, training_targets
 from torchive.ops.masks import check_masks
 from torchive.ops.roi import pool_regions
 from torchive.ops.suppression import fixed_detections
@@ -134,8 +134,7 @@ class MatchRCNN(DetectsInForward):
         """
         x, sizes = self._batch(inputs)
         originals = image_sizes(inputs)
-        self._check(targets, originals)
-        targets = scale_targets(targets, sizes, originals)
+        targets = scale_targets(self._checked(targets, originals), sizes, originals)
         maps = self.backbone(x)
         raw = self.rpn(maps)
         losses = self.rpn.losses(raw, maps, targets, sizes)
@@ -276,14 +275,17 @@ class MatchRCNN(DetectsInForward):
             raise ValueError(f"built with matching=None; it must be one of {', '.join(FEATURES)} to match items")
         return self.matching
 
-    def _check(self, targets: Sequence[dict[str, Tensor]], originals: Sequence[tuple[int, int]]) -> None:
-        check_targets(targets, len(originals), self.num_classes)
+    def _checked(
+        self, targets: Sequence[dict[str, Tensor]], originals: Sequence[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        targets = training_targets(targets, len(originals), self.num_classes)
         if self.masks is not None:
             check_masks(targets, originals)
         if self.landmarks is not None:
             check_landmarks(targets, self.landmarks.space.total)
         if self.matching is not None:
             check_pairs(targets)
+        return targets
 
 
 def _joined(boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

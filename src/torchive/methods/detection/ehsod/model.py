@@ -27,7 +27,7 @@ from torchive.nn.regions import (
     take_regions,
 )
 from torchive.nn.two_stage import DetectsRegions
-from torchive.ops.images import check_targets, image_sizes, scale_targets
+from torchive.ops.images import image_sizes, scale_targets, training_targets
 from torchive.ops.roi import pool_regions
 from torchive.structures import Detections
 
@@ -138,10 +138,10 @@ class EHSOD(DetectsRegions):
         ``loss_classifier``, ``loss_box_reg`` and ``loss_image``, weighted; zero where no image of the batch serves one.
         """
         x, sizes = self._batch(inputs)
-        check_targets(targets, len(x), self.num_classes)
-        targets = scale_targets(targets, sizes, image_sizes(inputs))
+        whole = training_targets(targets, len(x), self.num_classes, crowds=True)
+        targets = scale_targets(training_targets(whole, len(x), self.num_classes), sizes, image_sizes(inputs))
         boxed = torch.tensor([bool(t.get("has_boxes", True)) for t in targets], device=x.device)
-        present = torch.stack([self._shown(target) for target in targets])
+        present = torch.stack([self._shown(target) for target in whole])  # a crowd is shown, too
         maps = self.backbone(x)
         raw, cams = self.rpn(maps), self.cam(maps)
         losses = self._map_losses(raw, maps, cams, targets, sizes, boxed, present)

@@ -19,7 +19,7 @@ from torchive.nn.regions import (
 )
 from torchive.nn.sigmoid_classes import SigmoidPredictor, SigmoidRegionLoss
 from torchive.nn.two_stage import DetectsRegions
-from torchive.ops.images import check_targets, image_sizes, scale_targets
+from torchive.ops.images import image_sizes, scale_targets, training_targets
 from torchive.structures import Detections
 
 
@@ -155,7 +155,7 @@ class FasterRCNN(DetectsRegions):
     ) -> dict[str, Tensor]:
         """Of joint training: ``loss_objectness``, ``loss_rpn_box_reg``, ``loss_classifier``, ``loss_box_reg``."""
         x, sizes = self._batch(inputs)
-        check_targets(targets, len(x), self.num_classes)
+        targets = training_targets(targets, len(x), self.num_classes)
         targets = scale_targets(targets, sizes, image_sizes(inputs))
         maps, raw = self._propose(x, condition)
         losses = self.rpn.losses(raw, maps, targets, sizes)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchive.methods.detection.guided_anchoring.anchors import Centre, sampled_shapes
-from torchive.nn.retinanet import IGNORED, NEGATIVE
+from torchive.ops.matching import IGNORED, NEGATIVE
 
 
 def level_of(sides: Tensor, strides: Sequence[int], scale: float = 8.0) -> Tensor:

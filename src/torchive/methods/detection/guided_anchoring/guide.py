@@ -19,7 +19,7 @@ from torchive.methods.detection.guided_anchoring.assign import (
 )
 from torchive.methods.detection.guided_anchoring.loss import angle_loss, bounded_iou_loss, location_loss
 from torchive.nn.prior import init_classifier
-from torchive.nn.retinanet import IGNORED
+from torchive.ops.matching import IGNORED
 
 Matching = Literal["samples", "continuous"]
 

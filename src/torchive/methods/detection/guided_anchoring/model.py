@@ -16,7 +16,7 @@ from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
 from torchive.nn.regions import RegionStage, image_of, region_loss, region_maps, sample_regions
 from torchive.nn.two_stage import DetectsRegions
-from torchive.ops.images import check_targets, image_sizes, scale_targets
+from torchive.ops.images import image_sizes, scale_targets, training_targets
 from torchive.structures import Detections
 
 #: Weights of the second stage's box code, the inverse of its standard deviations 0.05 and 0.1.
@@ -143,7 +143,7 @@ class GuidedAnchoring(DetectsRegions):
         """``loss_location`` and ``loss_shape`` of guided anchors, and ``loss_angle`` of oriented ones,
         ``loss_objectness``, ``loss_rpn_box_reg``, and with two stages ``loss_classifier`` and ``loss_box_reg``."""
         x, sizes = self._batch(inputs)
-        check_targets(targets, len(x), self.num_classes)
+        targets = training_targets(targets, len(x), self.num_classes)
         targets = _scaled(targets, sizes, image_sizes(inputs))
         maps = self.backbone(x)
         raw = self._propose(maps, everywhere=True)

@@ -23,7 +23,7 @@ from torchive.methods.detection.guided_anchoring.masked import (
 from torchive.nn.prior import init_classifier
 from torchive.nn.pyramid import Pyramid
 from torchive.nn.retinanet import DenseDetector, dense_loss
-from torchive.ops.images import check_targets, image_sizes, scale_targets
+from torchive.ops.images import image_sizes, scale_targets, training_targets
 
 
 class GuidedRetinaNet(DenseDetector):
@@ -102,7 +102,7 @@ class GuidedRetinaNet(DenseDetector):
     def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """``classification``, ``localisation``, ``loss_location`` and ``loss_shape``."""
         x, sizes = self._batch(inputs)
-        check_targets(targets, len(x), self.num_classes)
+        targets = training_targets(targets, len(x), self.num_classes)
         targets = scale_targets(targets, sizes, image_sizes(inputs))
         maps = self.backbone(x)
         raw = self._raw(maps, everywhere=True)

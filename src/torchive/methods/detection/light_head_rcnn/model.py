@@ -11,8 +11,8 @@ from torchive.methods.detection.light_head_rcnn.thin_map import LargeSeparableCo
 from torchive.nn.network import build_features
 from torchive.nn.region_proposals import RegionProposals
 from torchive.nn.regions import RegionStage, decode_regions, image_of, sample_regions, scored_regions
-from torchive.nn.thin_regions import ProposalHead, ThinRegionStage, hard_region_loss
-from torchive.ops.images import batch_images, check_images, check_targets, image_sizes, scale_targets
+from torchive.nn.thin_regions import ProposalHead, ThinRegionStage, VotedRegionStage, hard_region_loss
+from torchive.ops.images import batch_images, check_images, image_sizes, scale_targets, training_targets
 from torchive.structures import Detections
 
 #: More regions than any image has: all of them are candidates for mining.
@@ -30,10 +30,12 @@ class LightHeadRCNN(nn.Module):
         in_channels: C.
         backbone: ``timm/NAME``, ``torchvision/NAME`` or a module with ``levels``. A timm network is built with
             ``output_stride=16`` where it takes that, so that its last stage is dilated.
-        head: "thin"; "plain", the thin map of ``channels`` pooled by RoIAlign, each bin from the same map; or "heavy",
-            Faster R-CNN's two layers on the backbone's own features.
+        head: "thin"; "plain", the thin map of ``channels`` pooled by RoIAlign, each bin from the same map; "heavy",
+            Faster R-CNN's two layers on the backbone's own features; or "voted", R-FCN's: 49 maps for each class and
+            offset, whose means over a region's bins are its scores.
         channels: of a pooled region; the thin map has 49 times as many.
-        hidden: of the second stage's layer, or layers; 2048, or 1024 for "heavy", if None.
+        hidden: of the second stage's layer, or layers; 2048, or 1024 for "heavy", if None. For "voted", 1024 if None,
+            of the 1x1 convolution before the maps.
         inter_channels: inside the large separable convolution; the paper's small form has 64.
         kernel_size: of it.
         width: of the proposal network's 3x3 convolution.
@@ -56,7 +58,7 @@ class LightHeadRCNN(nn.Module):
         num_classes: int = 80,
         in_channels: int = 3,
         backbone: str | nn.Module = "timm/resnet101",
-        head: Literal["thin", "plain", "heavy"] = "thin",
+        head: Literal["thin", "plain", "heavy", "voted"] = "thin",
         channels: int = 10,
         hidden: int | None = None,
         inter_channels: int = 256,
@@ -76,8 +78,8 @@ class LightHeadRCNN(nn.Module):
                 "num_classes, channels and rois_per_image must be >= 1, "
                 f"got {num_classes}, {channels} and {rois_per_image}"
             )
-        if head not in ("thin", "plain", "heavy"):
-            raise ValueError(f"head must be thin, plain or heavy, got {head!r}")
+        if head not in ("thin", "plain", "heavy", "voted"):
+            raise ValueError(f"head must be thin, plain, heavy or voted, got {head!r}")
         self.num_classes, self.in_channels, self.image_size = num_classes, in_channels, image_size
         self.rois_per_image = rois_per_image
         self.backbone = _features(backbone, in_channels)
@@ -102,6 +104,13 @@ class LightHeadRCNN(nn.Module):
         self.second: nn.Module
         if head == "heavy":
             self.second = _OnOneMap(deep, num_classes, hidden=hidden or 1024)
+        elif head == "voted":
+            self.second = VotedRegionStage(num_classes, per_class=per_class)
+            first, maps = nn.Conv2d(deep, hidden or 1024, 1), nn.Conv2d(hidden or 1024, self.second.in_channels, 1)
+            for layer in (first, maps):
+                nn.init.normal_(layer.weight, std=0.01)
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+            self.thin = nn.Sequential(first, nn.ReLU(), maps)
         else:
             self.second = ThinRegionStage(
                 channels,
@@ -141,7 +150,7 @@ class LightHeadRCNN(nn.Module):
         """``loss_objectness``, ``loss_rpn_box_reg``, and of the hardest regions ``loss_classifier`` and
         ``loss_box_reg``, the last doubled as in the release."""
         x, sizes = self._batch(inputs)
-        check_targets(targets, len(x), self.num_classes)
+        targets = training_targets(targets, len(x), self.num_classes)
         targets = scale_targets(targets, sizes, image_sizes(inputs))
         maps = self.backbone(x)
         shallow = [maps[self.first]]

@@ -21,7 +21,7 @@ from torchive.nn.multibox import (
 )
 from torchive.nn.multibox_sources import PyramidSources, VGGSources
 from torchive.ops.anchors import default_boxes
-from torchive.ops.images import check_images, check_targets, image_sizes, stack_resized
+from torchive.ops.images import check_images, image_sizes, stack_resized, training_targets
 from torchive.structures import Detections
 
 
@@ -126,7 +126,7 @@ class NETNet(nn.Module):
         """``classification`` and ``localisation``, both zero where no default box is matched."""
         check_images(inputs, self.in_channels)
         sizes = image_sizes(inputs)
-        check_targets(targets, len(sizes), self.num_classes)
+        targets = training_targets(targets, len(sizes), self.num_classes)
         raw = self(self._resize(inputs))
         matches, boxes = match_targets(raw["anchors"], sizes, targets, self.iou_threshold)
         labels = torch.cat([target["labels"] for target in targets])

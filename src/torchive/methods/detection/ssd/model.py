@@ -21,7 +21,7 @@ from torchive.nn.multibox import (
 from torchive.nn.multibox_sources import PyramidSources, VGGSources
 from torchive.nn.prior import init_classifier
 from torchive.ops.anchors import default_boxes
-from torchive.ops.images import check_images, check_targets, image_sizes, stack_resized
+from torchive.ops.images import check_images, image_sizes, stack_resized, training_targets
 from torchive.structures import Detections
 
 
@@ -41,7 +41,8 @@ class SSD(nn.Module):
         mining_ratio: hardest negatives for each positive; None counts all.
         sources: indices of the maps to keep, ``(1,)`` for the paper's single-source baseline; the default boxes of a
             map left out move to the nearest one kept. All if None.
-        lite: depthwise separable heads, as in SSDLite.
+        lite: whether heads, and the maps added to another backbone than "vgg16", are depthwise separable: SSDLite
+            (Sandler et al., CVPR 2018, arXiv:1801.04381, 6.2).
         iou_threshold: a default box overlapping an object by more is positive.
         alpha: weight of the localisation loss.
         loss: of sigmoid logits and their truths, with ``reduction`` "none", such as ``FocalLoss``; binary
@@ -95,7 +96,7 @@ class SSD(nn.Module):
         if backbone == "vgg16":
             self.backbone = VGGSources(in_channels=in_channels, image_size=image_size)
         else:
-            self.backbone = PyramidSources(backbone, in_channels=in_channels, image_size=image_size)
+            self.backbone = PyramidSources(backbone, in_channels=in_channels, image_size=image_size, lite=lite)
         count = len(self.backbone.channels)
         self.sources = tuple(range(count) if sources is None else sources)
         if not self.sources or min(self.sources) < 0 or max(self.sources) >= count:
@@ -139,7 +140,7 @@ class SSD(nn.Module):
         """``classification`` and ``localisation``, both zero where no default box is matched."""
         check_images(inputs, self.in_channels)
         sizes = image_sizes(inputs)
-        check_targets(targets, len(sizes), self.num_classes)
+        targets = training_targets(targets, len(sizes), self.num_classes)
         raw = self(self._resize(inputs))
         matches, boxes = match_targets(raw["anchors"], sizes, targets, self.iou_threshold)
         return multibox_loss(

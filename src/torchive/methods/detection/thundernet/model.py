@@ -18,11 +18,11 @@ from torchive.ops.boxes import encode_boxes
 from torchive.ops.images import (
     batch_images,
     check_images,
-    check_targets,
     image_sizes,
     pad_batch,
     scale_targets,
     stack_resized,
+    training_targets,
 )
 from torchive.protocols import Level
 from torchive.structures import Detections
@@ -154,7 +154,7 @@ class ThunderNet(nn.Module):
         if self.train_sizes is not None and self.training:
             side = self.train_sizes[int(torch.randint(len(self.train_sizes), ()))]
         x, sizes = self._batch(inputs, side)
-        check_targets(targets, len(x), self.num_classes)
+        targets = training_targets(targets, len(x), self.num_classes)
         targets = scale_targets(targets, sizes, image_sizes(inputs))
         raw, seen, thin = self._first(x)
         labels, matched = self.rpn.assign(raw["anchors"], targets, sizes)

@@ -14,7 +14,7 @@ from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
 from torchive.nn.regions import image_of, region_loss, region_maps, sample_regions
 from torchive.nn.two_stage import DetectsRegions
-from torchive.ops.images import check_targets, image_sizes, scale_targets
+from torchive.ops.images import image_sizes, scale_targets, training_targets
 from torchive.ops.roi import pool_regions
 from torchive.structures import Detections
 
@@ -137,7 +137,7 @@ class TSD(DetectsRegions):
         of its own, ``loss_tsd_classifier`` and ``loss_tsd_box_reg``, with ``constraint_classifier`` and
         ``constraint_box`` where there is a margin."""
         x, sizes = self._batch(inputs)
-        check_targets(targets, len(x), self.num_classes)
+        targets = training_targets(targets, len(x), self.num_classes)
         targets = scale_targets(targets, sizes, image_sizes(inputs))
         maps = self.backbone(x)
         raw = self.rpn(maps)

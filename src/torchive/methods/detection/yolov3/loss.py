@@ -12,9 +12,9 @@ from torchvision.ops import box_iou
 
 from torchive.ops.anchors import shape_iou
 from torchive.ops.boxes import encode_boxes, encode_cells
+from torchive.ops.matching import IGNORED, NEGATIVE
 
 Coding = Literal["logistic", "linear", "rcnn"]
-NEGATIVE, IGNORED = -1, -2
 
 
 def owners(boxes: Tensor, shapes: Sequence[Tensor], grids: Sequence[tuple[int, int]], strides: Sequence[int]) -> Tensor:

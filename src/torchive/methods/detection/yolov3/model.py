@@ -15,7 +15,7 @@ from torchive.methods.detection.yolov3.neck import Neck
 from torchive.nn.network import build_features
 from torchive.nn.prior import prior_bias
 from torchive.ops.anchors import centred_anchors
-from torchive.ops.images import check_images, check_targets, fit_boxes, image_sizes, letterbox
+from torchive.ops.images import check_images, fit_boxes, image_sizes, letterbox, training_targets
 from torchive.structures import Detections
 
 Shapes = Sequence[Sequence[Sequence[float]]]
@@ -133,7 +133,7 @@ class YOLOv3(nn.Module):
         """``localisation``, ``objectness`` and ``classification``; without boxes the first and last are zero."""
         check_images(inputs, self.in_channels)
         sizes = image_sizes(inputs)
-        check_targets(targets, len(sizes), self.num_classes)
+        targets = training_targets(targets, len(sizes), self.num_classes)
         side = self.image_size
         if self.train_sizes is not None and self.training:
             side = self.train_sizes[int(torch.randint(len(self.train_sizes), ()))]

@@ -16,7 +16,7 @@ from torchive.nn.multibox import classification_loss, match_targets, per_positiv
 from torchive.nn.network import build_features
 from torchive.nn.prior import init_classifier
 from torchive.ops.anchors import centred_anchors
-from torchive.ops.images import check_images, check_targets, fit_boxes, image_sizes, letterbox
+from torchive.ops.images import check_images, fit_boxes, image_sizes, letterbox, training_targets
 from torchive.protocols import Level
 from torchive.structures import Detections
 
@@ -154,7 +154,7 @@ class BlazeFace(nn.Module):
         """
         check_images(inputs, self.in_channels)
         sizes = image_sizes(inputs)
-        check_targets(targets, len(sizes), self.num_classes)
+        targets = training_targets(targets, len(sizes), self.num_classes)
         raw, canvas = self(self._framed(inputs)), (self.image_size, self.image_size)
         wide = torch.promote_types(raw["deltas"].dtype, torch.float32)
         deltas = raw["deltas"].to(wide)

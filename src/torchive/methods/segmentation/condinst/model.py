@@ -25,7 +25,7 @@ from torchive.nn.fcos import (
     scored_points,
 )
 from torchive.nn.pyramid import Pyramid
-from torchive.ops.images import check_images, check_targets, image_sizes, pad_batch
+from torchive.ops.images import check_images, image_sizes, pad_batch, training_targets
 from torchive.ops.masks import check_masks
 from torchive.ops.points import centres_of_mass
 from torchive.structures import Detections
@@ -137,7 +137,7 @@ class CondInst(nn.Module):
         """
         check_images(inputs, self.in_channels)
         sizes = image_sizes(inputs)
-        check_targets(targets, len(sizes), self.num_classes)
+        targets = training_targets(targets, len(sizes), self.num_classes)
         check_masks(targets, sizes)
         maps = self._maps(inputs)
         raw = self._raw(maps)

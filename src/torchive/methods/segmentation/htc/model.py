@@ -19,7 +19,7 @@ from torchive.nn.pyramid import Pyramid
 from torchive.nn.region_proposals import RegionProposals
 from torchive.nn.regions import region_maps
 from torchive.nn.two_stage import DetectsInForward
-from torchive.ops.images import box_factors, check_targets, image_sizes, scale_targets
+from torchive.ops.images import box_factors, image_sizes, scale_targets, training_targets
 from torchive.ops.masks import check_masks, paste_masks, semantic_targets
 from torchive.ops.roi import pool_regions
 from torchive.ops.suppression import fixed_detections
@@ -140,7 +140,7 @@ class HTC(DetectsInForward):
         """
         x, sizes = self._batch(inputs)
         originals = image_sizes(inputs)
-        check_targets(targets, len(originals), self.num_classes)
+        targets = training_targets(targets, len(originals), self.num_classes)
         check_masks(targets, originals)
         targets = scale_targets(targets, sizes, originals)
         features, raw = self._features(x)

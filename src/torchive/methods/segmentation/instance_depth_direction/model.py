@@ -21,7 +21,7 @@ from torchive.methods.segmentation.instance_depth_direction.decoding import (
 from torchive.methods.segmentation.instance_depth_direction.encoding import Encoding, encode
 from torchive.methods.segmentation.instance_depth_direction.loss import encoding_loss
 from torchive.methods.segmentation.instance_depth_direction.network import FCN8s
-from torchive.ops.images import check_images, check_targets, image_sizes, pad_batch
+from torchive.ops.images import check_images, image_sizes, pad_batch, training_targets
 from torchive.ops.masks import IGNORED, check_masks
 from torchive.structures import Detections
 
@@ -116,7 +116,7 @@ class InstanceDepthDirection(nn.Module):
         """
         check_images(inputs, self.in_channels)
         sizes = image_sizes(inputs)
-        check_targets(targets, len(sizes), self.num_classes)
+        targets = training_targets(targets, len(sizes), self.num_classes, crowds=True)
         check_masks(targets, sizes)
         for k, target in enumerate(targets):
             depth = target.get("depth")

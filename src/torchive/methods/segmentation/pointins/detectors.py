@@ -22,9 +22,10 @@ from torchive.nn.fcos import (
     scored_points,
 )
 from torchive.nn.prior import init_classifier
-from torchive.nn.retinanet import dense_loss, match_anchors
+from torchive.nn.retinanet import dense_loss
 from torchive.ops.anchors import cell_anchors, grid_anchors
 from torchive.ops.boxes import clip_to, decode_boxes
+from torchive.ops.matching import match_anchors
 from torchive.structures import Detections
 
 Targets = Sequence[dict[str, Tensor]]

@@ -15,7 +15,7 @@ from torchive.methods.segmentation.pointins.head import Cues, InstanceAwareHead,
 from torchive.nn.dice import mask_dice
 from torchive.nn.fcos import conv_tower, flat_rows
 from torchive.nn.pyramid import Pyramid
-from torchive.ops.images import check_images, check_targets, image_sizes, pad_batch
+from torchive.ops.images import check_images, image_sizes, pad_batch, training_targets
 from torchive.ops.masks import check_masks, crop_masks, paste_masks
 from torchive.structures import Detections
 
@@ -146,7 +146,7 @@ class PointINS(nn.Module):
         """
         check_images(inputs, self.in_channels)
         sizes = image_sizes(inputs)
-        check_targets(targets, len(sizes), self.num_classes)
+        targets = training_targets(targets, len(sizes), self.num_classes)
         check_masks(targets, sizes)
         raw = self(inputs)
         match = self.detector.match(raw, targets)
