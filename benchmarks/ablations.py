@@ -1,6 +1,6 @@
 """Parts of detection methods switched on one by one, on drawn scenes: what each gives, and what a prediction costs.
 
-    python benchmarks/ablations.py [--methods tsd htc ...] [--seeds 3] [--steps 240] [--threads 1]
+    python benchmarks/ablations.py [--methods tsd htc ...] [--arms NAME ...] [--seeds 3] [--steps 240] [--threads 1]
 
 Scenes are two to five discs, squares and crosses that may hide each other, on stripes above and checks below a horizon,
 in noise. Every arm of a seed starts from that seed and learns the same images in the same order, by AdamW at 1e-3 with
@@ -13,7 +13,10 @@ gradient over the last 50 steps. ``thundernet`` context and attention alone and 
 of its own; and SSDLite on images so large that it multiplies as often. ``light_head_rcnn`` its heads and R-FCN's at
 100, 300 and 900 regions in test. ``ehsod`` boxes of a fifth of the images, without and with the labels of the others,
 these also at a tenth of their weight, and boxes of all; the batches are the same, so that the first two see as many
-boxes. ``panoptic_fpn`` one network against two smaller ones, with two kinds of stuff.
+boxes. ``panoptic_fpn`` one network against two smaller ones, with two kinds of stuff, and its own choices. ``netnet``
+fusion, erasing and transferring. ``yolov3`` tiny, with focal objectness and with one map only; also what objectness
+background and objects have. ``condinst`` without coordinates, without filters of their own, and Mask R-CNN;
+``pointins`` without weights of their own, and CondInst.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import masks_to_boxes
 
 import torchive
+from torchive import FocalLoss
 from torchive.engine.metrics import metrics_of, record_of
 from torchive.report.statistics import intervals
 
@@ -54,6 +58,14 @@ ONE_MAP = {
     "after_nms": [100, 100],
     "rois_per_image": 128,
 }
+DENSE = {
+    "backbone": "timm/test_resnet",
+    "channels": 32,
+    "depth": 2,
+    "finest": 4,
+    "sizes_of_interest": [12.0, 20.0, 32.0, 48.0],
+}
+MASK_RCNN = {**TWO_STAGE, "stages": 1, "interleaved": False, "mask_flow": False, "semantic": False}
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,7 @@ class Study:
     regions: tuple[int, ...] = ()  # numbers of regions at which each arm is scored
 
 
+OBJECTNESS = {"background": "% objectness of background", "objects": "% of objects"}
 REST = {"ms": "ms", "work": "million multiplications", "norm": "gradient's norm", "parameters": "million parameters"}
 STUDIES = {
     "tsd": Study(
@@ -106,6 +119,50 @@ STUDIES = {
         size=96,
         rivals={"SSDLite, 108 pixels": ("ssd", {"backbone": "timm/test_resnet", "image_size": 108, "lite": True})},
     ),
+    "netnet": Study(
+        {"backbone": "timm/test_resnet", "image_size": 96},
+        {
+            "neither, which is SSD": {"fusion": "none", "pairs": []},
+            "fusion": {"pairs": []},
+            "fusion and erasing": {"variant": "erase"},
+            "fusion and transferring": {"variant": "transfer"},
+            "all": {},
+            "all, fused as in pyramids": {"fusion": "top_down"},
+        },
+        metrics=("map", "map_50"),
+        size=96,
+    ),
+    "yolov3": Study(
+        {
+            "backbone": "tiny",
+            "image_size": 96,
+            "anchors": [[[10, 10], [14, 14], [18, 18]], [[24, 14], [14, 24], [28, 28]]],
+            "prior": 0.01,
+        },
+        {
+            "binary cross-entropy": {},
+            "focal objectness": {"loss": FocalLoss(gamma=2.0, alpha=0.5, reduction="none")},
+            "one map": {"widths": [256], "anchors": [[[12, 12], [18, 18], [24, 14], [14, 24], [24, 24], [30, 30]]]},
+        },
+        metrics=("map", "map_50"),
+        size=96,
+    ),
+    "condinst": Study(
+        {**DENSE, "mask_channels": 32},
+        {
+            "coordinates and filters": {},
+            "without coordinates": {"coordinates": False},
+            "one filter for all": {"conditional": False},
+        },
+        metrics=("mask_map", "map"),
+        rivals={"Mask R-CNN": ("htc", MASK_RCNN)},
+    ),
+    "pointins": Study(
+        DENSE,
+        {"weights for each object": {}, "plain regression": {"variant": "direct"}},
+        metrics=("mask_map", "map"),
+        rivals={"CondInst": ("condinst", {**DENSE, "mask_channels": 32})},
+    ),
     "light_head_rcnn": Study(
         {**ONE_MAP, "inter_channels": 64, "width": 128, "before_nms": [1000, 2000], "after_nms": [100, 900]},
         {
@@ -140,6 +197,10 @@ STUDIES = {
         {
             "two networks": {"separate": "timm/test_resnet"},
             "one network": {"channels": 64},
+            "one network of half the parameters": {},
+            "its maps concatenated": {"combine": "concat"},
+            "its semantic loss by 0.25": {"semantic_weight": 0.25},
+            "its semantic loss by 1": {"semantic_weight": 1.0},
         },
         metrics=("pq", "pq_things", "pq_stuff", "mask_map"),
     ),
@@ -227,16 +288,42 @@ def scored(net: nn.Module, unseen: Scenes) -> dict[str, float]:
     }
 
 
-def arms(name: str, study: Study, seed: int, steps: int) -> Iterator[tuple[str, dict[str, float]]]:
+class Recorder(nn.Module):
+    """A loss of objectness that keeps what it was given."""
+
+    def forward(self, objectness: Tensor, there: Tensor) -> Tensor:
+        self.score, self.there = objectness.sigmoid(), there > 0
+        return objectness
+
+
+def separation(net: nn.Module, unseen: Scenes) -> dict[str, float]:
+    """Mean objectness, in percent, where no object is and where one is."""
+    kept, net.loss = net.loss, Recorder()
+    with torch.no_grad():
+        net.losses(*unseen)  # type: ignore[operator]
+    found = {
+        name: 100 * float(net.loss.score[net.loss.there == flag].mean())
+        for name, flag in zip(OBJECTNESS, (0, 1), strict=True)
+    }
+    net.loss = kept
+    return found
+
+
+def arms(
+    name: str, study: Study, seed: int, steps: int, wanted: list[str] | None = None
+) -> Iterator[tuple[str, dict[str, float]]]:
     """Each arm's figures under one seed."""
     learnt, unseen = draw(400, study.size, seed), draw(64, study.size, 10_000 + seed)
     nets = {arm: (name, {**study.shared, **options}) for arm, options in study.arms.items()} | study.rivals
-    for arm, (method, options) in nets.items():
+    for place, (arm, (method, options)) in enumerate(nets.items()):
+        if wanted is not None and place and arm not in wanted:
+            continue
         torch.manual_seed(seed)
         net = torchive.create_model(method, num_classes=len(THINGS), **options)
         targets = partly_boxed(learnt[1], study.boxed[arm]) if arm in study.boxed else learnt[1]
         norm = learn(net, (learnt[0], targets), steps=steps, batch=study.batch, seed=seed)
-        rest = {"norm": norm, "parameters": sum(p.numel() for p in net.parameters()) / 1e6}
+        rest = separation(net, unseen) if method == "yolov3" else {}
+        rest |= {"norm": norm, "parameters": sum(p.numel() for p in net.parameters()) / 1e6}
         if not study.regions:
             yield arm, {**scored(net, unseen), **rest}
         for count in study.regions:
@@ -247,6 +334,7 @@ def arms(name: str, study: Study, seed: int, steps: int) -> Iterator[tuple[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=sorted(STUDIES), default=list(STUDIES))
+    parser.add_argument("--arms", nargs="+", help="all if not given; the first, to which they are compared, always")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--threads", type=int, default=1)
@@ -256,7 +344,7 @@ def main() -> None:
         study = STUDIES[name]
         found: dict[str, list[dict[str, float]]] = {}
         for seed in range(args.seeds):
-            for arm, values in arms(name, study, seed, args.steps):
+            for arm, values in arms(name, study, seed, args.steps, args.arms):
                 found.setdefault(arm, []).append(values)
                 print(f"  {name} seed {seed} {arm}: {values[study.metrics[0]]:.1f}", flush=True)
         first = next(iter(found.values()))
@@ -270,7 +358,8 @@ def main() -> None:
                     low, high = intervals([gaps])
                     text += f" ({mean(gaps):+.1f} [{low[0]:+.1f}, {high[0]:+.1f}])"
                 parts.append(text)
-            rest = [f"{mean(row[key] for row in rows):.2f} {unit}" for key, unit in REST.items()]
+            units = {key: unit for key, unit in (REST | OBJECTNESS).items() if key in rows[0]}
+            rest = [f"{mean(row[key] for row in rows):.2f} {unit}" for key, unit in units.items()]
             print(f"  {arm:36s} {'; '.join([*parts, *rest])}", flush=True)
 
 
