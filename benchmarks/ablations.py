@@ -63,7 +63,8 @@ DENSE = {
     "channels": 32,
     "depth": 2,
     "finest": 4,
-    "sizes_of_interest": [12.0, 20.0, 32.0, 48.0],
+    "top": "none",
+    "sizes_of_interest": [14.0, 24.0, 40.0],
 }
 MASK_RCNN = {**TWO_STAGE, "stages": 1, "interleaved": False, "mask_flow": False, "semantic": False}
 

@@ -200,6 +200,21 @@ def test_points_distances_and_overlap() -> None:
     assert centres_of_mass(masks, torch.tensor([[0.0, 0, 8, 6], [1.0, 1, 3, 5]])).tolist() == [[3, 2.5], [2, 3]]
 
 
+def test_centres_of_mass_are_the_mean_of_all_pixels() -> None:
+    """Pixels anywhere, outside the boxes, too, of any value and type."""
+    g = torch.Generator().manual_seed(0)
+    shapes = torch.rand(7, 30, 41, generator=g) < torch.tensor([0.0, 0.001, 0.01, 0.1, 0.5, 0.9, 1.0]).view(-1, 1, 1)
+    boxes = torch.rand(7, 4, generator=g) * 9
+    expected = (boxes[:, :2] + boxes[:, 2:]) / 2
+    for k, shape in enumerate(shapes):
+        y, x = torch.nonzero(shape, as_tuple=True)
+        if len(x):
+            expected[k] = torch.stack([x.double().mean(), y.double().mean()])
+    for masks in (shapes, shapes.to(torch.uint8) * 255, shapes * torch.linspace(0.1, 2, 41)):
+        assert (centres_of_mass(masks, boxes) - expected).abs().max() < 1e-4
+    assert centres_of_mass(shapes[:0], boxes[:0]).shape == (0, 2)
+
+
 def test_many_boxes_are_assigned_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(3)
     raw = lay_points([torch.zeros(1, 1, -(-128 // s), -(-128 // s)) for s in STRIDES], STRIDES)

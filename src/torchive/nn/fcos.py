@@ -7,7 +7,7 @@ journal form, arXiv:2006.09214. Assignment is ``torchive.ops.points.assign_point
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -153,7 +153,6 @@ def fcos_loss(
     *,
     weighted: bool = True,
     smooth: float = 0.0,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """``classification``, ``localisation`` and ``centerness``; without a positive point the last two are zero.
 
@@ -167,7 +166,6 @@ def fcos_loss(
         labels: (L,) from 1 to K.
         weighted: whether the true centerness weighs the localisation, as in the authors' code.
         smooth: as in ``distance_giou``; 1 in the authors' code.
-        loss: of logits and truths (N, A, K), one value each, instead of focal loss.
     """
     wide = torch.promote_types(raw["logits"].dtype, torch.float32)
     logits = raw["logits"].to(wide)
@@ -176,7 +174,6 @@ def fcos_loss(
     positives = _over_processes(logits.new_tensor(float(len(row)))).clamp(min=1)
     truth = torch.zeros_like(logits)
     truth[image, place, labels[row] - 1] = 1.0
-    each = sigmoid_focal_loss(logits, truth) if loss is None else loss(logits, truth)
     goal = distances_of(boxes[row].to(wide), raw["points"][place].to(wide)) / raw["strides"][place, None].to(wide)
     central = centerness_of(goal)  # (P,)
     weight = central if weighted else torch.ones_like(central)
@@ -184,7 +181,7 @@ def fcos_loss(
     mass = _over_processes(weight.sum()).clamp(min=1e-6)
     guess = raw["centerness"][image, place].to(wide)
     return {
-        "classification": each.sum() / positives,
+        "classification": sigmoid_focal_loss(logits, truth, reduction="sum") / positives,
         "localisation": ((1 - giou) * weight).sum() / mass,
         "centerness": F.binary_cross_entropy_with_logits(guess, central, reduction="sum") / positives,
     }

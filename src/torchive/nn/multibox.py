@@ -29,11 +29,13 @@ TORCHVISION_STEPS = (8, 16, 32, 64, 100, 300)
 
 #: Variances 0.1 and 0.2 as weights of the code.
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+#: Smaller sides, in pixels, are no box.
+SMALLEST = 1e-2
 
 
 def source_shapes(sources: int, box_set: BoxSet = "paper") -> list[list[tuple[float, float]]]:
     """Width and height of the default boxes of a cell, for each source: ratio 3 only between the first source and the
-    last two.
+    last two. From seven sources on the scales are those of SSD512 (section 3.1): 0.07, then 0.15 to 0.9.
 
     Args:
         sources: how many maps there are.
@@ -41,7 +43,8 @@ def source_shapes(sources: int, box_set: BoxSet = "paper") -> list[list[tuple[fl
     """
     wide = range(1, max(sources - 2, 2)) if sources > 1 else range(1)
     ratios = [(2.0, 3.0) if k in wide else (2.0,) for k in range(sources)]
-    scales = default_scales(sources) if box_set == "paper" else list(TORCHVISION_SCALES)
+    lowest = {"low": 0.15, "first": 0.07} if sources >= 7 else {}
+    scales = default_scales(sources, **lowest) if box_set == "paper" else list(TORCHVISION_SCALES)
     shapes = [default_shapes(scales[k], scales[k + 1], ratios[k]) for k in range(sources)]
     if box_set == "torchvision":
         shapes = [[(min(w, 1.0), min(h, 1.0)) for w, h in shape] for shape in shapes]
@@ -149,6 +152,8 @@ def multibox_loss(
 ) -> dict[str, Tensor]:
     """``classification`` and ``localisation``, both over the number of matched default boxes of the batch.
 
+    Boxes are coded and held against ``deltas`` in float32 at least: half precision does not hold a corner.
+
     Args:
         logits: (N, A, K + 1), or (N, A, K) with sigmoids.
         deltas: (N, A, 4).
@@ -164,12 +169,13 @@ def multibox_loss(
     """
     positive = matches >= 0  # (N, A)
     rows = torch.nonzero(positive)  # (P, 2)
-    code = encode_boxes(boxes[matches[positive]].to(deltas.dtype), anchors[rows[:, 1]], WEIGHTS)
-    found = deltas[positive]
+    wide = torch.promote_types(deltas.dtype, torch.float32)
+    code = encode_boxes(boxes[matches[positive]].to(wide), anchors[rows[:, 1]].to(wide), WEIGHTS)
+    found = deltas[positive].to(wide)
     overlap = ious = None
     if any(getattr(part, "takes_ious", False) for part in (loss, localisation_loss)):
         overlap = code_iou(found.detach(), code, WEIGHTS)
-        ious = torch.zeros_like(deltas[..., 0]).masked_scatter(positive, overlap)  # (N, A)
+        ious = torch.zeros_like(deltas[..., 0], dtype=wide).masked_scatter(positive, overlap)  # (N, A)
     if localisation_loss is None:
         localisation = F.smooth_l1_loss(found, code, reduction="sum")
     else:
@@ -207,8 +213,8 @@ def decode_multibox(
 ) -> list[Detections]:
     """One ``Detections`` per image, boxes in pixels of ``image_sizes`` (height, width).
 
-    For each class the ``candidates`` best scores above the threshold; suppression within each class; the best of all
-    classes.
+    For each class the ``candidates`` best scores above the threshold; sides below a hundredth of a pixel are dropped;
+    suppression within each class; the best of all classes.
 
     Args:
         raw: ``logits`` and ``deltas`` as of ``multibox_loss``, ``anchors`` (A, 4) in fractions of the image.
@@ -221,9 +227,9 @@ def decode_multibox(
     labels = torch.arange(1, scores.shape[2] + 1, device=scores.device)[:, None].expand(best.shape[1:])
     found = []
     for box, score, index, (height, width) in zip(boxes, best, where, image_sizes, strict=True):
-        sure = score > score_threshold
-        box = box[index[sure]] * box.new_tensor([width, height, width, height])
-        score, label = score[sure], labels[sure]
+        box = box[index] * box.new_tensor([width, height, width, height])  # (K, candidates, 4)
+        sure = (score > score_threshold) & ((box[..., 2:] - box[..., :2]).amin(-1) >= SMALLEST)
+        box, score, label = box[sure], score[sure], labels[sure]
         kept = torchvision.ops.batched_nms(box, score, label, nms_threshold)[:max_detections]
         found.append(Detections(box[kept], label[kept], score[kept]))
     return found

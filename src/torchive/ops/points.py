@@ -7,6 +7,8 @@ from torch import Tensor
 
 #: Pairs of a point and a box that are looked at together, which bounds the memory of an assignment.
 _PAIRS = 2**24
+#: Pixels of masks that are summed at a time.
+_PIXELS = 2**26
 
 
 def grid_points(grid: tuple[int, int], stride: int, like: Tensor) -> Tensor:
@@ -99,12 +101,25 @@ def assign_points(
 
 
 def centres_of_mass(masks: Tensor, boxes: Tensor) -> Tensor:
-    """x and y (L, 2) of the mean pixel of masks (L, H, W), the first pixel being at zero; an empty mask has its box's
-    centre.
+    """x and y (L, 2) of the mean pixel of masks (L, H, W), 0 where the object is not, the first pixel being at zero; an
+    empty mask has its box's centre.
     """
     dtype = torch.promote_types(boxes.dtype, torch.float32)
-    columns, rows = masks.sum(1, dtype=dtype), masks.sum(2, dtype=dtype)  # (L, W), (L, H)
-    mass = rows.sum(1, keepdim=True)
-    x = columns @ torch.arange(masks.shape[2], device=masks.device, dtype=dtype)
-    y = rows @ torch.arange(masks.shape[1], device=masks.device, dtype=dtype)
-    return torch.where(mass > 0, torch.stack([x, y], 1) / mass.clamp(min=1), (boxes[:, :2] + boxes[:, 2:]) / 2)
+    count, height, width = masks.shape
+    x = torch.arange(width, device=masks.device, dtype=dtype)
+    columns = torch.stack([torch.ones_like(x), x], 1)
+    sums = columns.new_empty(count, height, 2)  # of each row its pixels and their x
+    if masks.is_cpu:  # where an object's few rows are read alone: ten times as fast
+        sums.zero_()
+        there = (masks.any(2) != 0).to(torch.uint8)  # (L, H)
+        ends = zip(there.argmax(1).tolist(), (height - there.flip(1).argmax(1)).tolist(), strict=True)
+        for k, (top, bottom) in enumerate(ends):
+            sums[k, top:bottom] = (masks[k, top:bottom] != 0).to(dtype) @ columns
+    else:
+        step = max(_PIXELS // max(height * width, 1), 1)
+        for start in range(0, count, step):
+            sums[start : start + step] = (masks[start : start + step] != 0).to(dtype) @ columns
+    y = torch.arange(height, device=masks.device, dtype=dtype)
+    mass = sums[..., 0].sum(1, keepdim=True)
+    found = torch.cat([sums[..., 1].sum(1, keepdim=True), sums[..., 0] @ y[:, None]], 1) / mass.clamp(min=1)
+    return torch.where(mass > 0, found, (boxes[:, :2] + boxes[:, 2:]) / 2)

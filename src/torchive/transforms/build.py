@@ -34,8 +34,9 @@ Augment = str | Sequence[Any] | Callable[[Tensor], Tensor]
 def normalisation(task: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation per channel that ``build`` uses.
 
-    ImageNet's, so that pretrained networks fit; none (0 and 1) for detection, since torchvision's detectors, and
-    every system that follows them, take images in [0, 1] and normalise them inside.
+    ImageNet's, so that pretrained networks fit; none (0 and 1) for detection, where images are in [0, 1] as torchvision's
+    detectors take them. Theirs normalise inside, the detectors of this archive do not: the backbone sees what went in,
+    and a trained one (``torchive.engine.pretrained.PretrainedFeatures``) normalises for itself.
     """
     if task == "detection":
         return (0.0,) * channels, (1.0,) * channels
@@ -65,7 +66,8 @@ def build(
       square is cut out of an image 1.125 times as large.
     - segmentation: image and mask become ``image_size`` squared (the sides' ratio is not kept); in training cut as
       above.
-    - detection: the longer side becomes ``image_size``; the ratio is kept, boxes and masks follow.
+    - detection: the longer side becomes ``image_size``; the ratio is kept, boxes and masks follow. What an augmentation
+      made longer is made as long again.
     - embedding: as classification.
     - selfsupervised: as classification; ``augment`` may be a callable that makes the views.
 
@@ -190,6 +192,8 @@ class Pipeline:
             return Sample(self._normalise(image), target, sample.id)
         if self.steps:
             image, target = self._augment(image, target)
+            if self.task == "detection" and self.image_size is not None and max(image.shape[-2:]) > self.image_size:
+                image, target = self.prepare(Sample(image, target, sample.id)).image, target
         if (
             self.image_size is not None
             and self.task != "detection"

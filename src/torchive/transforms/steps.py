@@ -46,6 +46,8 @@ AUGMENTATIONS: dict[str, dict[str, Callable[[int | None], nn.Module]]] = {
         **_COMMON,
         "iou_crop": lambda size: RandomIoUCrop(),
         "shift_scale": lambda size: RandomShiftScale(),
+        "zoom_out": lambda size: RandomZoomOut(),
+        "photometric": lambda size: v2.RandomPhotometricDistort(),
     },
     "segmentation": {**_COMMON, "crop": _crop, "zoom": _zoom},
 }
@@ -67,12 +69,60 @@ class RandomIoUCrop(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.crop = v2.RandomIoUCrop()
-        self.clean = v2.SanitizeBoundingBoxes(min_size=1.0, labels_getter=_per_box)
+        # the crop leaves no side to a box whose centre is outside, and at least half of it to the others
+        self.clean = v2.SanitizeBoundingBoxes(min_size=1e-3, labels_getter=_per_box)
 
     def forward(self, image: Any, target: Mapping[str, Any]) -> Any:
         if len(target["boxes"]) == 0:
             return image, target
         return self.clean(*self.crop(image, target))
+
+
+class RandomZoomOut(nn.Module):
+    """SSD's expansion (Liu et al. 2016, section 3.6): the picture somewhere on a larger grey canvas, one time in two.
+
+    The picture itself keeps its size and loses nothing: boxes, masks and landmarks move with it. What was not in the
+    picture is category 255 of a semantic map.
+
+    Args:
+        scale: how many times as long the canvas's sides are at most; drawn evenly from 1 on.
+        chance: how often it is done.
+        grey: of the canvas, in [0, 1].
+
+    Raises:
+        ValueError: scale below 1, or a chance or grey outside [0, 1].
+    """
+
+    def __init__(self, *, scale: float = 4.0, chance: float = 0.5, grey: float = 0.5) -> None:
+        super().__init__()
+        if scale < 1 or not 0 <= chance <= 1 or not 0 <= grey <= 1:
+            raise ValueError(f"expected scale >= 1, chance and grey in [0, 1], got {scale}, {chance} and {grey}")
+        self.scale, self.chance, self.grey = scale, chance, grey
+
+    def forward(self, image: Any, target: Mapping[str, Any] | None = None) -> Any:
+        done, larger, across, down = torch.rand(4).tolist()
+        if done >= self.chance:
+            return image if target is None else (image, target)
+        height, width = image.shape[-2:]
+        factor = 1 + larger * (self.scale - 1)
+        tall, wide = int(height * factor), int(width * factor)
+        left, top = int((wide - width) * across), int((tall - height) * down)
+        border = [left, top, wide - width - left, tall - height - top]
+        grey = self.grey if image.is_floating_point() else round(self.grey * 255)
+        placed = F.pad(image, border, fill=grey)
+        if target is None:
+            return placed
+        found = {**target, "boxes": F.pad(target["boxes"], border)}
+        for key, outside in (("masks", 0), ("semantic", 255)):
+            if key in target:
+                rows = target[key].new_full((*target[key].shape[:-2], tall, wide), outside)
+                rows[..., top : top + height, left : left + width] = target[key]
+                found[key] = tv_tensors.Mask(rows)
+        if "keypoints" in target:
+            points, seen = target["keypoints"].split([2, 1], -1)
+            moved = torch.cat([points + points.new_tensor([left, top]), seen], -1)
+            found["keypoints"] = torch.where(seen > 0, moved, target["keypoints"])
+        return placed, found
 
 
 class RandomShiftScale(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchive.data import open_data
 from torchive.methods.detection.yolov3 import Darknet53, TinyDarknet, YOLOv3, read_darknet, write_darknet
 from torchive.methods.detection.yolov3.decode import boxes_of
-from torchive.methods.detection.yolov3.loss import assign, owners, yolo_loss
+from torchive.methods.detection.yolov3.loss import assign, code_loss, owners, yolo_loss
 from torchive.methods.losses.focal_loss import FocalLoss
 from torchive.ops.anchors import centred_anchors, kmeans_anchors, shape_iou
 from torchive.ops.boxes import decode_cells, encode_cells
@@ -124,6 +124,22 @@ def test_matches_the_released_code(record, parity, tmp_path) -> None:
         note="float32; the release is compiled and run in float32",
         **worst,
     )
+
+
+def test_a_centre_outside_the_image_has_a_bounded_loss() -> None:
+    """With a place above 1 for a target, cross-entropy falls without end as the logit grows."""
+    net = Heads(3)
+    flat, grids = net(torch.rand(1, 3, 24, 24))
+    flat = flat.detach().clone()
+    flat[..., :2] = 50.0
+    for box in ([20.0, 16.0, 40.0, 30.0], [-100.0, -100, 100, 100]):  # a centre at x = 30 of 24; four times the frame
+        boxes = torch.tensor([[box]])
+        losses = cost(flat, grids, boxes, torch.tensor([[1]]))
+        assert all(v >= 0 for v in losses.values()), losses
+        assert losses["localisation"] < 1e3
+    raw = torch.tensor([[50.0, -50.0, 0.0, 0.0]])  # at the right border, and above the cell: as sure as can be
+    anchor, stride = torch.tensor([[0.0, 0, 8, 8]]), torch.tensor([8.0])
+    assert float(code_loss(raw, torch.tensor([[6.0, -9, 14, -1]]), anchor, stride, "logistic")) < 1e-6
 
 
 def slow_loss(flat: Tensor, grids: list[tuple[int, int]], boxes: list, labels: list) -> dict[str, float]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchive.engine.export import OnnxModel, write_onnx
 from torchive.methods.segmentation.condinst import CondInst, DynamicMaskHead
@@ -312,6 +314,53 @@ def test_semantic_truth_and_loss(double) -> None:
             loss += torch.where(hit, -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log()).sum()
     found = semantic_loss(logits, [target, none], 4)
     assert float(found) == pytest.approx(float(loss) / int((truth > 0).sum()), rel=1e-12)
+
+
+def test_pixels_of_crowds_cost_the_semantic_branch_nothing(double) -> None:
+    """A crowd over the corner, an object that reaches into it: the object's pixels count, the others of it do not."""
+    masks = torch.zeros(1, 16, 24, dtype=torch.uint8)
+    masks[0, :6, :6] = 1
+    ignored = torch.zeros(16, 24, dtype=torch.bool)
+    ignored[:8, :12] = True
+    target = {"masks": masks, "labels": torch.tensor([2]), "ignored": ignored}
+    truth = semantic_truth(target, 4, (16, 32))
+    expected = torch.zeros(4, 8, dtype=torch.int64)
+    expected[:2, :3], expected[0, 0] = 255, 2
+    assert torch.equal(truth, expected)
+    alone = {**target, "masks": masks[:0], "labels": target["labels"][:0]}
+    assert (semantic_truth(alone, 4, (16, 32)) == 255).sum() == 6
+    logits = torch.randn(1, 3, 4, 8, requires_grad=True)
+    found = semantic_loss(logits, [target], 4)
+    found.backward()
+    assert torch.equal(logits.grad[0].abs().sum(0) == 0, expected == 255)
+    p = logits.detach()[0].sigmoid()
+    costs = -0.75 * p**2 * (1 - p).log()
+    costs[1, 0, 0] = -0.25 * (1 - p[1, 0, 0]) ** 2 * p[1, 0, 0].log()
+    assert float(found) == pytest.approx(float(costs[:, expected != 255].sum()), rel=1e-12)
+
+
+def test_masks_are_compared_where_they_are_read(objects) -> None:
+    """A step looks at few of the pixels of large masks; any value but zero is the object's."""
+
+    class Compared(TorchDispatchMode):
+        pixels = 0
+
+        def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.ne.Scalar:
+                self.pixels += args[0].numel()
+            return func(*args, **(kwargs or {}))
+
+    net = CondInst(**SMALL, semantic=True)
+    target, image = objects(12, (128, 160), 10, 30), [torch.rand(3, 128, 160)]
+    torch.manual_seed(0)
+    with torch.no_grad(), Compared() as seen:
+        plain = net.losses(image, [target])
+    assert 0 < seen.pixels < target["masks"].numel()
+    rows = torch.arange(1, 13, dtype=torch.uint8).view(-1, 1, 1)
+    torch.manual_seed(0)
+    numbered = net.losses(image, [{**target, "masks": target["masks"] * 20 * rows}])
+    for key, value in plain.items():
+        torch.testing.assert_close(numbered[key], value)
 
 
 @pytest.mark.parametrize(("count", "most"), [(0, 1.0), (1, 1.0), (1000, 1.0), (1000, 40.0)])

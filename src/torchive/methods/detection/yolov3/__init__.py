@@ -9,7 +9,8 @@ Formula  b_x = i + sigmoid(t_x), b_w = p_w exp(t_w), so for y and h, in cells an
 Symbols  t raw outputs, p anchor shapes in pixels, i cell; A boxes of all maps, 10,647 for 416 pixels; K classes; w, h
          in fractions of the image; C, H, W channels and size of the images.
 Differs  the loss is read off the released C code, which writes gradients and no loss: summed over an image, the mean
-         over the batch. The training size changes each batch, where the release draws one for ten.
+         over the batch. If ``train_sizes`` is given, the training size changes each batch, where the release draws one
+         for ten. The place of a centre outside its cell, as of a box that leaves the image, is cut to the cell.
 """
 
 from torchive.methods.detection.yolov3.darknet import Darknet53, TinyDarknet

@@ -74,8 +74,8 @@ def class_targets(match: Tensor, labels: Tensor, own: Tensor, num_classes: int) 
 def code_loss(raw: Tensor, boxes: Tensor, anchors: Tensor, strides: Tensor, coding: Coding) -> Tensor:
     """What the places and sizes (P, 4) of matched predictions cost, (P,).
 
-    ``logistic``: cross-entropy of the place and half the squared error of the log ratios; ``linear``: squared errors
-    of both; ``rcnn``: smooth L1 of Faster R-CNN's code.
+    ``logistic``: cross-entropy of the place, of a centre outside the cell that of its nearest border, and half the
+    squared error of the log ratios; ``linear``: squared errors of both; ``rcnn``: smooth L1 of Faster R-CNN's code.
     """
     if coding == "rcnn":
         return F.smooth_l1_loss(raw, encode_boxes(boxes, anchors), reduction="none").sum(-1)
@@ -83,7 +83,7 @@ def code_loss(raw: Tensor, boxes: Tensor, anchors: Tensor, strides: Tensor, codi
     stretch = (raw[:, 2:] - code[:, 2:]).square().sum(-1) / 2
     if coding == "linear":
         return (raw[:, :2] - code[:, :2]).square().sum(-1) / 2 + stretch
-    return F.binary_cross_entropy_with_logits(raw[:, :2], code[:, :2], reduction="none").sum(-1) + stretch
+    return F.binary_cross_entropy_with_logits(raw[:, :2], code[:, :2].clamp(0, 1), reduction="none").sum(-1) + stretch
 
 
 def yolo_loss(
@@ -115,7 +115,7 @@ def yolo_loss(
     )
     wide = torch.promote_types(raw["deltas"].dtype, torch.float32)
     deltas, logits, objectness = (raw[key].to(wide) for key in ("deltas", "logits", "objectness"))
-    size = (chosen[:, 2:] - chosen[:, :2]) / chosen.new_tensor([canvas[1], canvas[0]])
+    size = ((chosen[:, 2:] - chosen[:, :2]) / chosen.new_tensor([canvas[1], canvas[0]])).clamp(max=1)
     code = code_loss(deltas[image, place], chosen, raw["anchors"][place], raw["strides"][place], coding)
     there = (match >= 0).to(objectness)
     each: Tensor = (loss or nn.BCEWithLogitsLoss(reduction="none"))(objectness, there)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
+from torchive.ops.masks import IGNORED
+
 
 def sampled_masks(masks: Tensor, rows: Tensor | None, stride: int, canvas: tuple[int, int]) -> Tensor:
     """Masks (L, H, W), or those of ``rows`` (n,), at every ``stride``-th pixel from ``stride // 2`` on.
@@ -50,19 +52,29 @@ def choose(
 
 
 def semantic_truth(target: dict[str, Tensor], stride: int, canvas: tuple[int, int]) -> Tensor:
-    """The class (h, w) of the smallest object at every ``stride``-th pixel, from 1 to K, 0 where there is none."""
-    masks = target["masks"] != 0
-    order = masks.flatten(1).sum(1).argsort(stable=True)
-    part = sampled_masks(masks, order, stride, canvas)
-    if not len(part):
-        return torch.zeros(part.shape[1:], dtype=torch.int64, device=part.device)
-    return torch.where(part.any(0), target["labels"][order][part.to(torch.uint8).argmax(0)], 0)
+    """The class (h, w) of the smallest object at every ``stride``-th pixel, from 1 to K.
+
+    Elsewhere 0, or 255 where ``ignored`` (H, W), if the target has it, is true.
+    """
+    masks = target["masks"]
+    rest = torch.zeros(canvas[0] // stride, canvas[1] // stride, dtype=torch.int64, device=masks.device)
+    if "ignored" in target:
+        rest = rest.masked_fill(sampled_masks(target["ignored"][None], None, stride, canvas)[0], IGNORED)
+    if not len(masks):
+        return rest
+    order = torch.stack([mask.count_nonzero() for mask in masks]).argsort(stable=True)  # of all at once is slow
+    part = sampled_masks(masks, order, stride, canvas) != 0
+    return torch.where(part.any(0), target["labels"][order][part.to(torch.uint8).argmax(0)], rest)
 
 
 def semantic_loss(logits: Tensor, targets: Sequence[dict[str, Tensor]], stride: int) -> Tensor:
-    """Focal loss of the semantic branch's logits (N, K, h, w), over the number of pixels that belong to objects."""
+    """Focal loss of the semantic branch's logits (N, K, h, w), over the number of pixels that belong to objects.
+
+    Pixels of crowds, ``ignored`` as in ``semantic_truth``, cost nothing.
+    """
     canvas = (logits.shape[2] * stride, logits.shape[3] * stride)
     truth = torch.stack([semantic_truth(target, stride, canvas) for target in targets])  # (N, h, w)
     classes = torch.arange(1, logits.shape[1] + 1, device=logits.device).view(-1, 1, 1)
     hot = (truth[:, None] == classes).to(torch.promote_types(logits.dtype, torch.float32))
-    return sigmoid_focal_loss(logits.to(hot.dtype), hot, reduction="sum") / hot.sum().clamp(min=1)
+    each = sigmoid_focal_loss(logits.to(hot.dtype), hot) * (truth != IGNORED)[:, None]
+    return each.sum() / hot.sum().clamp(min=1)

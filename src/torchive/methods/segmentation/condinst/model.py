@@ -142,7 +142,7 @@ class CondInst(nn.Module):
         maps = self._maps(inputs)
         raw = self._raw(maps)
         boxes = [target["boxes"] for target in targets]
-        centres = [centres_of_mass(target["masks"] != 0, target["boxes"]) for target in targets]
+        centres = [centres_of_mass(target["masks"], target["boxes"]) for target in targets]
         match = match_points(raw, self.interest, boxes, radius=self.radius, centres=centres)
         labels = torch.cat([target["labels"] for target in targets])
         losses = fcos_loss(raw, match, torch.cat(boxes), labels, smooth=self.smooth)
@@ -233,7 +233,7 @@ class CondInst(nn.Module):
                     features[k], raw["filters"][k, where], raw["points"][where], raw["reach"][where], stride
                 )
                 scores = aligned_bilinear(logits.float(), stride // self.mask_stride).sigmoid()
-                truth = sampled_masks(target["masks"] != 0, row[mine] - start, self.mask_stride, canvas)
+                truth = sampled_masks(target["masks"], row[mine] - start, self.mask_stride, canvas) != 0
                 each.append(mask_dice(scores, truth.to(scores.dtype)))
             start += len(target["boxes"])
         if not each:
