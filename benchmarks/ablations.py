@@ -276,7 +276,7 @@ def scored(net: nn.Module, unseen: Scenes) -> dict[str, float]:
     rows, spent = [], []
     with torch.no_grad():
         with FlopCounterMode(display=False) as count:
-            net.eval().predict(unseen[0][:1])  # type: ignore[operator]
+            net.eval().requires_grad_(False).predict(unseen[0][:1])  # type: ignore[operator]
         for image, truth in zip(*unseen, strict=True):
             start = time.process_time()
             (found,) = net.eval().predict([image])  # type: ignore[operator]
