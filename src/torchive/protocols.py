@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from torchive.structures import Batch, Prediction, Target
+from torchive.structures import Batch, Detections, Prediction, Target
 
 #: The contracts' names as cards and ``torchive.testing.check(kind=...)`` spell them.
 CONTRACTS = ("block", "backbone", "loss", "system", "two_players", "procedure", "search", "explanation", "metric")
@@ -69,6 +69,51 @@ class System(Protocol):
     def losses(self, inputs: Any, targets: Target) -> dict[str, Tensor]: ...
 
     def predict(self, inputs: Any) -> Sequence[Prediction]: ...
+
+
+class FileDetector(Protocol):
+    """A detection system that ``engine.detector_file.DetectorWithDecoding`` puts into one file with its decoding.
+
+    N images, K classes, D detections of an image, ``size`` the (height, width) of the images that go in. Of
+    ``scored_boxes``, ``detect`` and ``decoded`` it has one. All must export: shapes do not depend on the data.
+
+    ``detect(inputs, *, score_threshold, nms_threshold, max_detections, candidates) -> raw`` in place of
+    ``scored_boxes``, where branches after the suppression read its result: raw outputs with ``boxes`` (N, D, 4) in
+    pixels of the network's batch, ``labels`` and ``scores`` (N, D), -1 in empty rows, perhaps ``masks`` (N, D, S, S),
+    and ``sizes`` (N, 2), height and width of the images in that batch. Where options are not given, those of
+    ``forward``. ``torchive.nn.two_stage.DetectsInForward`` has it.
+
+    ``decoded(raw, size, **thresholds) -> dict`` in place of both, where boxes are not suppressed: ``boxes`` (N, D, 4)
+    in pixels of the images, ``labels``, ``scores`` and whatever else the file shall give. It gets ``score_threshold``
+    and ``max_detections`` as far as ``predict`` has them.
+
+    Optional:
+
+    - ``thresholds``: a dict of the defaults of ``predict`` that depend on how the detector was built, for what the
+      signature has as None;
+    - ``score_cut(threshold) -> float``: what scores of ``scored_boxes`` are compared with, where ``score_threshold``
+      is of another quantity, as of a product whose root is the score; the threshold itself by default;
+    - ``masks_of(raw, rows) -> dict``: what the file gives beside boxes, from the rows (N, D) of P that were kept, as
+      ``masks`` (N, D, h, w); empty rows are 0;
+    - ``decodes_batches_of``: the images that ``decoded`` takes at a time; None is any, 0 says that this instance has
+      no form for a file;
+    - ``least_side``: height and width that an example must have at least, so that no map is one cell, which an exporter
+      would take for constant; by default twice the largest stride of a ``backbone`` that is a ``nn.pyramid.Pyramid``.
+
+    Not of the file, but of the evaluation: ``retrieve(query, gallery, *, k) -> (probabilities, rows)``, from the
+    ``features`` of predictions, (Q, E) and (G, E), to (Q, k) each, best first.
+    """
+
+    def forward(self, inputs: Tensor, /) -> dict[str, Tensor]: ...
+
+    def predict(self, inputs: Any, /) -> Sequence[Detections]:
+        """Takes ``score_threshold``, ``nms_threshold`` and ``max_detections``; their defaults are the file's."""
+        ...
+
+    def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What ``predict`` suppresses, each class on its own: boxes (N, P, K, 4), or (N, P, 1, 4) where the classes
+        share them, xyxy in pixels of the images, and scores (N, P, K), -1 where a row is empty."""
+        ...
 
 
 @runtime_checkable

@@ -56,6 +56,22 @@ def test_the_exported_files_latency_decides_where_it_was_measured() -> None:
     assert judge(CARD, PROVED, [(measurement(ratios=ratios, export=slow), 0.01)]).why == ("latency x 1.30",)
 
 
+def test_a_detectors_decoding_counts_where_the_files_leave_it_out() -> None:
+    """Both arms of a method that decodes in another way may have the same file."""
+    ratios = {"latency_1": 1.1, "latency_16": 1.28}
+    file = {"gap": 2e-6, "latency_ratios": {"latency_1": 1.0, "latency_16": 1.0}}
+    whole = {**file, "decoded": True}
+    for detects in ({"metric": "mask_map", "others": {"map": [0.1, 0.0, 0.2]}}, {"metric": "map"}):
+        found = judge(CARD, PROVED, [(measurement(ratios=ratios, export=file, **detects), 0.01)])
+        assert found.verdict == "build"
+        assert found.why == ("latency x 1.28 of predict, 1.00 of the files, which leave decoding out",)
+        assert judge(CARD, PROVED, [(measurement(ratios=ratios, export=whole, **detects), 0.01)]).verdict == "ship"
+        assert judge(CARD, PROVED, [(measurement(ratios={}, export=file, **detects), 0.01)]).verdict == "ship"
+    slow = {"gap": 2e-6, "latency_ratios": {"latency_1": 1.3, "latency_16": 1.0}}
+    assert judge(CARD, PROVED, [(measurement(metric="map", export=slow), 0.01)]).why == ("latency x 1.30",)
+    assert judge(CARD, PROVED, [(measurement(ratios=ratios, export=file), 0.01)]).verdict == "ship"
+
+
 def test_a_setting_where_the_arms_were_identical_says_nothing() -> None:
     idle = {"mean": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
     worse = {"mean": -0.02, "low": -0.03, "high": -0.01, "p": 0.01}

@@ -8,18 +8,18 @@ import pytest
 
 from torchive import testing
 from torchive.testing import Check, Subject
-from torchive.testing.checks import SYSTEMS
 
 SUBJECTS: dict[str, Subject] = {}
+#: The example of CONTRIBUTING, which keeps the checks of compilers and exports among the fast tests.
+EXAMPLE = "dynamic_relu"
 
 
 def _cases() -> Iterator[object]:
-    """Methods x checks. Compiling and exporting whole networks is slow: a detector takes a minute of one core, a block
-    some seconds."""
+    """Methods x checks. Compiling and exporting is slow: a detector takes a minute of one core, a block seconds."""
     for name in testing.built_methods():
         kind = testing.subject_of(name).kind
         for check in testing.checks_of(kind):
-            marks = [pytest.mark.slow] if check.costly and kind in {"backbone"} | SYSTEMS else []
+            marks = [pytest.mark.slow] if check.costly and name != EXAMPLE else []
             yield pytest.param(name, check, id=f"{name}-{check.name}", marks=marks)
 
 

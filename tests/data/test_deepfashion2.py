@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import ExifTags, Image, ImageFile
 
 from torchive.data import DataError, check_data, open_data
 from torchive.data.deepfashion2 import coco_annotations, item_pairs
@@ -123,6 +124,22 @@ def test_as_coco(tmp_path, draw, own_cache) -> None:
     with pytest.raises(DataError, match="of several splits name one"):
         coco_annotations(tmp_path / "both")
     assert len(coco_annotations(tmp_path / "both", "val")["annotations"]) == 2
+
+
+def test_sizes_come_from_the_headers(tmp_path, draw, monkeypatch) -> None:
+    """No image is decoded; one that lies on its side is as high as it is wide."""
+    root = write(tmp_path, draw, SHOP, USER, USER)
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (32, 48)).save(root / "image" / "000001.jpg", exif=turned)
+    cut = root / "image" / "000003.jpg"
+    cut.write_bytes(cut.read_bytes()[:-200])
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda _: pytest.fail("decoded"))
+    sizes = [(image["width"], image["height"]) for image in coco_annotations(root)["images"]]
+    assert sizes == [(48, 32)] * 3
+    cut.write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"000003\.jpg: "):
+        coco_annotations(root)
 
 
 def damaged(change: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from torchive.data import DataError, open_data, read_image
+from torchive.data.readers.source import Source, read_index
 
 SPLITS = ("train", "val", "test")
 
@@ -121,6 +122,41 @@ def test_coco_paths_by_split(coco: Path) -> None:
     source = f"coco:{coco}/{{split}}.json,{coco}/images"
     assert len(open_data(source, "val")) == 8
     assert all(name.startswith("val/") for name in open_data(source, "val").ids)
+
+
+def without(coco: Path, split: str, *, shapes: int = 0, objects: bool = True) -> None:
+    """A split's file in which the first objects lack their shapes, or in which no image has an object."""
+    content = json.loads((coco / "ann.json").read_text())
+    for entry in content["annotations"][:shapes]:
+        del entry["segmentation"]
+    if not objects:
+        content["annotations"] = []
+    (coco / f"{split}.json").write_text(json.dumps(content))
+
+
+def test_a_split_without_an_object_takes_no_masks_from_the_others(coco: Path) -> None:
+    without(coco, "train")
+    without(coco, "val", objects=False)
+    source = f"coco:{coco}/{{split}}.json,{coco}/images"
+    train, val = (open_data(source, split) for split in ("train", "val"))
+    assert train[0].target["masks"].shape == (1, 12, 16)
+    assert val[0].target["masks"].shape == (0, 12, 16)
+    assert train.notes == ()
+
+
+def test_a_split_that_lacks_shapes_is_named_to_all(coco: Path) -> None:
+    without(coco, "train")
+    without(coco, "val", shapes=2)
+    without(coco, "test", shapes=8)
+    samples = open_data(f"coco:{coco}/{{split}}.json,{coco}/images")
+    assert "masks" not in samples[0].target
+    partly, *others = samples.notes
+    assert partly.startswith(f"{coco}/val.json: 2 of 8 objects have no segmentation")
+    assert [note.split(": ")[0] for note in others] == [f"{coco}/val.json", f"{coco}/test.json"]
+    assert all("the other splits" in note for note in others)
+    (coco / "train.json").unlink()
+    only = read_index(Source("coco", (f"{coco}/{{split}}.json", f"{coco}/images")), ("test",))
+    assert (only.masks, only.notes) == (False, [])
 
 
 def test_voc_counts_from_one_and_reads_its_splits(voc: Path) -> None:

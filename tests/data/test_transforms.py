@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from torchive import transforms
@@ -36,8 +37,7 @@ def test_boxes_and_masks_follow_the_image(augment: object) -> None:
         sample = transform(scene())
         assert sample.image.dtype == torch.float32
         assert sample.image.max() <= 1
-        if len(sample.target["boxes"]) == 0:
-            continue
+        assert len(sample.target["boxes"]) == 1  # a crop keeps an object's centre
         x0, y0, x1, y1 = sample.target["boxes"][0].round().int().tolist()
         bright = sample.image[0] > 0.3
         mask = sample.target["masks"][0].bool()
@@ -238,6 +238,84 @@ def test_shift_and_scale_move_boxes_masks_and_landmarks_alike() -> None:
     assert 2 / 3 <= min(sizes) < 0.8
     assert 1.25 < max(sizes) <= 1.5
     assert 0 < lost < 20
+
+
+def test_iou_crop_never_drops_all_boxes() -> None:
+    """Of boxes down to a hundredth of a pixel, those stay whose centre is inside; without a crop all do."""
+    crop = transforms.steps.RandomIoUCrop()
+    place = torch.arange(10000.0).view(1, 100, 100)  # each pixel knows where it was
+    whole = 0
+    for seed in range(100):
+        torch.manual_seed(seed)
+        code = torch.rand(3, 4)
+        centre, half = code[:, :2] * 100, torch.tensor([[25.0], [4.0], [0.02]]) * (0.25 + code[:, 2:])
+        boxes = torch.cat([(centre - half).clamp(0), (centre + half).clamp(max=100)], 1)
+        typed = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(100, 100))
+        image, target = crop(tv_tensors.Image(place), {"boxes": typed, "labels": torch.arange(3)})
+        corner = int(image[0, 0, 0])
+        low = torch.tensor([corner % 100, corner // 100])
+        high = low + torch.tensor([image.shape[2], image.shape[1]])
+        middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+        inside = ((middle > low) & (middle < high)).all(1)
+        assert inside.any()
+        assert target["labels"].tolist() == inside.nonzero()[:, 0].tolist()
+        whole += image.shape == place.shape
+    assert 5 < whole < 50
+
+
+def test_zoom_out_moves_boxes_masks_and_landmarks_alike() -> None:
+    sample = marked([[30.0, 20, 50, 36], [2, 2, 10, 8]])
+    sample.target["keypoints"][1] = 0  # absent
+    build = transforms.build
+    shapes, changed = [], 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        result = build("detection", image_size=None, train=True, augment=["zoom_out"])(sample)
+        target, (height, width) = result.target, result.image.shape[-2:]
+        assert 60 <= height <= 240
+        assert width == pytest.approx(height * 80 / 60, abs=2)
+        changed += height > 60
+        inside = target["semantic"] == 0
+        assert inside.sum() == 60 * 80
+        assert (target["semantic"][~inside] == 255).all()
+        assert torch.allclose(result.image[:, ~inside], torch.tensor(128 / 255))
+        assert torch.equal((result.image[0] == 1) & inside, target["masks"].bool().any(0))
+        for box, mask in zip(target["boxes"], target["masks"], strict=True):
+            rows, columns = mask.bool().any(1).nonzero(), mask.bool().any(0).nonzero()
+            assert box.tolist() == [float(v) for v in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)]
+        middle = (target["boxes"][0, :2] + target["boxes"][0, 2:]) / 2
+        assert target["keypoints"][0, 0].tolist() == [*middle.tolist(), 2]
+        assert target["keypoints"][1, 0].tolist() == [0, 0, 0]
+        torch.manual_seed(seed)
+        small = build("detection", image_size=80, train=True, augment=["zoom_out"])(sample)
+        shapes.append(tuple(small.image.shape[-2:]))
+        assert torch.allclose(small.target["boxes"], target["boxes"] * 80 / width, rtol=0.02, atol=0.1)
+        assert small.target["masks"].shape[1:] == small.target["semantic"].shape == shapes[-1]
+    assert 5 < changed < 15
+    assert {side for shape in shapes for side in shape} <= {59, 60, 61, 80}
+    plain = build("detection", image_size=None, train=True, augment=["zoom_out"])
+    empty = marked([])
+    assert plain(empty).target["boxes"].shape == (0, 4)
+    assert plain(Sample(sample.image, None, "x")).image.shape[0] == 3
+    with pytest.raises(ValueError, match=r"got 0.5, 0.5 and 0.5"):
+        transforms.steps.RandomZoomOut(scale=0.5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_photometric_distortion_moves_nothing(channels: int) -> None:
+    sample = marked([[30.0, 20, 50, 36]])
+    transform = transforms.build("detection", image_size=None, train=True, augment=["photometric"], channels=channels)
+    image = sample.image.clone()
+    image[:, :, 60:] = torch.tensor([200, 90, 40], dtype=torch.uint8)[:, None, None]
+    seen = []
+    for seed in range(10):
+        torch.manual_seed(seed)
+        result = transform(Sample(image, sample.target, "x"))
+        assert result.image.shape == (channels, 60, 80)
+        for key, value in sample.target.items():
+            assert torch.equal(result.target[key], value), key
+        seen.append(result.image[:, 0, 70])
+    assert (torch.stack(seen).std(0) > 0.03).all()
 
 
 def test_shift_and_scale_without_boxes_and_without_a_target() -> None:

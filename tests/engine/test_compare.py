@@ -90,13 +90,13 @@ def test_two_runs_of_one_comparison_give_the_same_records(finished: Comparison, 
 
 
 def test_an_arm_against_itself_gives_exactly_zero_in_every_seed(run: Callable[..., Comparison]) -> None:
-    for changes in ([], ["convert=[{method: dynamic_relu}]"]):
-        comparison = run(baseline=changes, method_overrides=changes)
-        for metric in comparison.summary.metrics:
-            assert metric.differences == (0.0, 0.0, 0.0)
-        assert comparison.verdict == "identical"
-        runs = values(comparison)
-        assert all(runs[seed, "baseline"] == runs[seed, "method"] for seed in range(3))
+    changes = ["convert=[{method: dynamic_relu}]"]
+    comparison = run(baseline=changes, method_overrides=changes)
+    for metric in comparison.summary.metrics:
+        assert metric.differences == (0.0, 0.0, 0.0)
+    assert comparison.verdict == "identical"
+    runs = values(comparison)
+    assert all(runs[seed, "baseline"] == runs[seed, "method"] for seed in range(3))
 
 
 def test_swapping_the_arms_mirrors_every_difference(finished: Comparison, run: Callable[..., Comparison]) -> None:
@@ -124,7 +124,9 @@ def stop_in(monkeypatch: pytest.MonkeyPatch, place: int, steps: int) -> list[str
     return begun
 
 
-@pytest.mark.parametrize(("place", "steps"), [(0, 1), (3, 3), (5, 5)])
+@pytest.mark.parametrize(
+    ("place", "steps"), [pytest.param(0, 1, marks=pytest.mark.slow), (3, 3), pytest.param(5, 5, marks=pytest.mark.slow)]
+)
 def test_a_stopped_comparison_continues_and_ends_the_same(
     finished: Comparison,
     run: Callable[..., Comparison],

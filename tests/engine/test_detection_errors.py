@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchive.engine.detection_errors import CAUSES, detection_errors, score_overlap
 from torchive.report.units import unit_of
@@ -60,6 +63,28 @@ def test_crowds_empty_images_and_no_detections() -> None:
     stray = detection_errors([(found((0, 0, 5, 5, 1, 0.9)), target()), (found(), target((0, 0, 5, 5, 1)))])
     assert stray["false/background"] == 1
     assert stray["missed/small"] == 1
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is called for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_operations_do_not_grow_with_the_detections() -> None:
+    """A tensor operation for each of them takes longer than all the rest of an evaluation."""
+    objects = target(*((30 * k, 0, 30 * k + 20, 20, 1 + k % 2) for k in range(40)))
+    counts = []
+    for detections in (4, 40):
+        hits = found(*((30 * k, k % 7, 30 * k + 20, 20, 1 + k % 3 % 2, 0.9 - k / 100) for k in range(detections)))
+        with Operations() as operations:
+            detection_errors([(hits, objects)])
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
 
 
 def test_shares_are_shown_in_per_cent_and_less_is_better() -> None:

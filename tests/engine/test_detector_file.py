@@ -11,7 +11,7 @@ from torch import nn
 
 import torchive
 from torchive.engine.detector_file import DetectorWithDecoding, decodes
-from torchive.engine.export import OnnxModel, export_model, gap_to_torch, write_onnx
+from torchive.engine.export import OnnxModel, _roomy, export_model, gap_to_torch, write_onnx
 from torchive.methods.detection.guided_anchoring import GuidedRetinaNet
 from torchive.methods.segmentation.condinst.upsampling import aligned_bilinear
 from torchive.nn.retinanet import RetinaNet
@@ -31,7 +31,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tsd": ({"channels": 32, "hidden": 32}, {}),
     "ehsod": ({"channels": 32, "hidden": 32}, {}),
     "guided_anchoring": ({"channels": 32, "hidden": 32}, {}),
-    "htc": ({"channels": 32, "hidden": 32}, {}),
+    "htc": ({"channels": 32, "hidden": 32, "after_nms": (100, 100)}, {}),
     "panoptic_fpn": ({"channels": 32, "hidden": 32, "width": 32}, {}),
     "deepfashion2_match_rcnn": ({"channels": 32, "hidden": 32, "landmarks": (), "matching": None}, {}),
 }
@@ -65,10 +65,15 @@ def test_the_boxes_are_those_of_predict(name: str) -> None:
     images = torch.rand(2, 3, 128, 128)
     with torch.no_grad():
         raw = model(images)
-        if "labels" not in raw:  # as few candidates as a trained detector has
-            hard = {**hard, "score_threshold": few(model, raw, (128, 128))}
-        wanted = model.decode(raw, [(128, 128)] * 2, **hard)  # type: ignore[operator]
-        got = DetectorWithDecoding(model, score_threshold=hard.get("score_threshold"))(images)
+        if "labels" in raw:
+            # in the midst of the scores that there are, and fewer than would come
+            given = {"score_threshold": float(raw["scores"][raw["scores"] >= 0].median()), "max_detections": 20}
+            wanted = model.predict(images, **given)  # type: ignore[operator]
+            assert max(map(len, wanted)) < int((raw["scores"] >= 0).sum(1).max())
+        else:  # as few candidates as a trained detector has
+            given = {"score_threshold": few(model, raw, (128, 128))}
+            wanted = model.decode(raw, [(128, 128)] * 2, **hard, **given)  # type: ignore[operator]
+        got = DetectorWithDecoding(model, **given)(images)
     assert max(map(len, wanted)) > 3, "nothing to compare"
     for k, one in enumerate(wanted):
         there = got["scores"][k] >= 0
@@ -79,7 +84,7 @@ def test_the_boxes_are_those_of_predict(name: str) -> None:
             one.labels[:, None] != got["labels"][k][there]
         )
         assert len(one) == 0 or float(apart.min(1).values.max()) < 1e-3
-        assert bool((got["labels"][k][~there] == 0).all() or "labels" in raw)
+        assert bool((got["labels"][k][~there] == 0).all())
 
 
 @pytest.mark.parametrize("name", [n if n == "yolov3" else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
@@ -202,8 +207,49 @@ def test_thresholds_can_be_given_and_others_are_refused(tmp_path: Path) -> None:
     assert kept["boxes"].shape == (2, 7, 4)
     assert bool(((kept["scores"] > 0.3) | (kept["scores"] == -1)).all())
     assert not decodes(nn.Conv2d(3, 3, 1))
-    with pytest.raises(TypeError, match="Conv2d has no scored_boxes"):
+    with pytest.raises(TypeError, match=r"Conv2d has no scored_boxes.*protocols.FileDetector"):
         DetectorWithDecoding(nn.Conv2d(3, 3, 1))
+
+
+class Centred(nn.Module):
+    """One box with a score of a half; its ``predict`` states what it is told."""
+
+    def __init__(self, root: bool = False) -> None:
+        super().__init__()
+        if root:
+            self.score_cut = lambda threshold: threshold**0.5
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"centerness": images}  # what raw outputs are called decides nothing
+
+    def predict(self, inputs: torch.Tensor, *, max_detections: int = 10) -> list[Any]:
+        raise NotImplementedError
+
+    def scored_boxes(self, raw: dict[str, torch.Tensor], size: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        count = len(raw["centerness"])
+        return torch.tensor([0.0, 0, 8, 8]).expand(count, 1, 1, 4), torch.full((count, 1, 1), 0.5)
+
+
+def test_the_model_says_what_its_threshold_is_of() -> None:
+    images = torch.rand(1, 3, 8, 8)
+    for root, kept in ((False, 1), (True, 0)):
+        found = DetectorWithDecoding(Centred(root), score_threshold=0.3, nms_threshold=0.5)(images)
+        assert int((found["scores"] >= 0).sum()) == kept
+
+
+def test_a_predict_without_thresholds_is_told_what_to_add() -> None:
+    with pytest.raises(TypeError, match=r"Centred states no score_threshold and no nms_threshold.*FileDetector"):
+        DetectorWithDecoding(Centred())
+    model = Centred()
+    model.thresholds = {"score_threshold": 0.1, "nms_threshold": 0.5}  # type: ignore[assignment]
+    assert DetectorWithDecoding(model).options["max_detections"] == 10
+
+
+def test_an_example_is_as_large_as_the_model_says() -> None:
+    model = nn.Conv2d(3, 3, 1)
+    assert _roomy(model, torch.rand(2, 3, 16, 40)).shape == (2, 3, 16, 40)
+    model.least_side = 32  # type: ignore[assignment]
+    assert _roomy(model, torch.rand(2, 3, 16, 40)).shape == (2, 3, 32, 40)
 
 
 def test_export_writes_both_files(tmp_path: Path) -> None:

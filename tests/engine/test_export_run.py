@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from torchive.engine.export_run import export_run
+from torchive.engine import export_run as module
+from torchive.engine.detector_file import DetectorWithDecoding
+from torchive.engine.export_run import export_run, exported_latency
 from torchive.engine.recipe import resolve_recipe
 from torchive.engine.train import train
 
@@ -66,3 +69,32 @@ def test_a_detector_of_images_that_differ_in_size(annotations: str, image_size: 
     assert report.detector is not None
     assert max(report.onnx.gap, report.detector.gap) < 1e-3
     assert len(report.detector.gaps) == 2
+
+
+class Plain(torch.nn.Module):
+    def predict(self, inputs: torch.Tensor) -> list[str]:
+        raise NotImplementedError
+
+
+class Decoding(Plain):
+    decodes_batches_of: int | None = None
+    decoded = scored_boxes = None
+
+
+@pytest.mark.parametrize(
+    ("model", "baseline", "together"),
+    [(Decoding, Decoding, True), (Decoding, Plain, False), (Plain, Plain, False)],
+)
+def test_files_whose_times_are_compared_decode_where_both_can(
+    model: type, baseline: type, together: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arms, written = {"baseline": baseline(), "method": model()}, []
+    monkeypatch.setattr(module, "open_run", lambda path: SimpleNamespace(model=arms[path.name], recipe=None))
+    monkeypatch.setattr(module, "_stack", lambda *_: torch.zeros(16, 1))
+    monkeypatch.setattr(module, "write_onnx", lambda net, *_: written.append(net))
+    monkeypatch.setattr(module, "OnnxModel", lambda path: lambda images: images)
+    monkeypatch.setattr(module, "in_turn", lambda calls, *_: {arm: {"median": 1.0} for arm in calls})
+    latency, decoded = exported_latency({arm: tmp_path / arm for arm in arms})
+    assert decoded is together
+    assert all(isinstance(net, DetectorWithDecoding) is together for net in written)
+    assert latency["method"] == {"latency_1": 1.0, "latency_16": 1.0}

@@ -82,8 +82,8 @@ def test_places_are_chosen_by_pattern_and_errors_say_why() -> None:
         convert(model, "rezero", "layer4")
     with pytest.raises(ConversionError, match=r"no residual branch in 'conv1'; they are 'layer1.0.bn2'"):
         convert(model, "rezero", "conv1")
-    with pytest.raises(ConversionError, match="VGG has no residual branch"):
-        convert(torchvision.models.vgg11(weights=None), "rezero")
+    with pytest.raises(ConversionError, match="Sequential has no residual branch"):
+        convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)), "rezero")
     layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     with pytest.raises(ConversionError, match="replace TransformerEncoderLayer itself"):
         convert(layers, "rezero")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from torchive.engine.metrics import METRICS, metrics_of, record_of
 from torchive.engine.search_figures import search_figures
+from torchive.engine.views import space_of
 from torchive.structures import Detections
-from torchive.structures.landmarks import DEEPFASHION2
+from torchive.structures.landmarks import DEEPFASHION2, LandmarkSpace
 
 
 class Nearest(nn.Module):
@@ -81,3 +84,18 @@ def test_landmarks_of_a_run() -> None:
         assert figures["landmark_map/scale/moderate"] == pytest.approx(marked)
         assert figures["map/scale/moderate"] == pytest.approx(figures["map"])
         assert "landmark_map/scale/small" not in figures
+
+
+def test_landmarks_of_other_sets_need_a_space_of_their_own() -> None:
+    points = torch.tensor([[[2.0, 3, 2], [7, 8, 2]]])
+    target = {"boxes": BOX, "labels": torch.tensor([1]), "keypoints": points}
+    found = Detections(BOX, torch.tensor([1]), torch.tensor([0.9]), keypoints=points[..., :2])
+    records = [record_of("detection", found, target, 1)]
+    with pytest.warns(UserWarning, match="the 2 landmarks of the targets are not scored"):
+        assert "landmark_map" not in metrics_of("detection", records, ["face"])
+    known = LandmarkSpace((2,), sigmas=(0.05, 0.05))
+    assert metrics_of("detection", records, ["face"], (), known)["landmark_map"] == pytest.approx(1)
+
+    whole = SimpleNamespace(samples=SimpleNamespace(landmark_space=known))  # as a view of a set
+    assert space_of(whole) is known  # type: ignore[arg-type]
+    assert space_of(SimpleNamespace()) is None  # type: ignore[arg-type]

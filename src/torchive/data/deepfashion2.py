@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import ExifTags, Image
+
 from torchive.data.faults import DataError
-from torchive.data.images import image_size, read_image
 from torchive.data.readers.deepfashion2 import LEVELS, SOURCES, read_deepfashion2
 from torchive.data.readers.index import Objects, Record
 from torchive.structures.landmarks import DEEPFASHION2
@@ -25,7 +26,8 @@ def coco_annotations(root: Path | str, split: str | None = None) -> dict[str, An
         split: train, val or test, where the folder has splits; all together if None.
 
     Raises:
-        DataError: a fault of the annotations, the first one, an image that cannot be read, or two images of one number.
+        DataError: a fault of the annotations, the first one, an image whose header cannot be read, or two images of one
+            number.
     """
     index = read_deepfashion2(Path(root))
     if index.faults:
@@ -36,7 +38,7 @@ def coco_annotations(root: Path | str, split: str | None = None) -> dict[str, An
     numbers: set[int] = set()
     for record in (record for record in index.records if split in (None, record.split)):
         number = _number(record, numbers)
-        height, width = image_size(read_image(record.image))
+        height, width = _size(record.image)
         images.append({"id": number, "file_name": record.image.name, "width": width, "height": height})
         for row in range(len(record.target.labels)):
             entry = _annotation(record.target, row)
@@ -74,6 +76,17 @@ def _number(record: Record, seen: set[int]) -> int:
         raise DataError(f"{record.image}: expected a number of its own as the name; of several splits name one")
     seen.add(int(stem))
     return int(stem)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Height and width from the file's header, as the image stands when its EXIF orientation is followed."""
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: {error}") from error
+    return (width, height) if turned else (height, width)
 
 
 def _annotation(objects: Objects, row: int) -> dict[str, Any]:

@@ -90,18 +90,23 @@ def _matched(
         return taken, ["background"] * len(order)
     iou = box_iou(found["boxes"][order].double(), target["boxes"].double())  # (D, L)
     same = found["labels"][order][:, None] == target["labels"]
+    fits = same & objects & (iou >= overlap)
+    whole, whose = iou.max(1)
+    real, which = iou.masked_fill(~objects, -1).max(1)
+    crowd = (~objects[whose] & (whole >= overlap)).tolist()
+    wrong = zip((real <= touch).tolist(), same.gather(1, which[:, None])[:, 0].tolist(), strict=True)
+    choices: list[list[tuple[float, int]]] = [[] for _ in crowd]
+    for row, column, value in zip(*(part.tolist() for part in (*torch.where(fits), iou[fits])), strict=True):
+        choices[row].append((-value, column))
+    gone: set[int] = set()
     causes = []
-    for row, alike in zip(iou, same, strict=True):
-        free = row.masked_fill(~(alike & objects & ~taken), -1)
-        if free.max() >= overlap:
-            taken[free.argmax()] = True
+    # plain numbers: a tensor operation for each detection would take longer than all the rest
+    for near, in_crowd, (apart, alike) in zip(choices, crowd, wrong, strict=True):
+        free = min((pair for pair in near if pair[1] not in gone), default=None)
+        if free is not None:
+            gone.add(free[1])
             causes.append("")
-        elif not objects[row.argmax()] and row.max() >= overlap:
-            continue  # a crowd
-        elif bool((row[alike & taken] >= overlap).any()):
-            causes.append("duplicate")
-        elif row.masked_fill(~objects, 0).max() <= touch:
-            causes.append("background")
-        else:
-            causes.append("place" if alike[row.masked_fill(~objects, -1).argmax()] else "class")
+        elif not in_crowd:
+            causes.append("duplicate" if near else "background" if apart else "place" if alike else "class")
+    taken[list(gone)] = True
     return taken, causes

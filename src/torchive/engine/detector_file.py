@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torchive.ops.images import side_factors
 from torchive.ops.suppression import fixed_detections
 
+_DESCRIBED = "torchive.protocols.FileDetector says what a detector's file needs"
+
 
 class DetectorWithDecoding(nn.Module):
     """Images (N, C, H, W), as ``forward`` takes them, to ``boxes`` (N, D, 4) in their pixels, ``labels`` (N, D) from 1
@@ -20,12 +22,12 @@ class DetectorWithDecoding(nn.Module):
     empty rows. Whatever the detector's own suppression may be, this one is hard.
 
     Args:
-        model: with ``scored_boxes``, or one whose ``forward`` suppresses already.
+        model: a ``torchive.protocols.FileDetector``: with ``scored_boxes``, ``detect`` or ``decoded``.
         score_threshold, nms_threshold, max_detections: those of its ``predict`` if None.
         candidates: pairs of box and class of an image that are suppressed, the best ones.
 
     Raises:
-        TypeError: the model has neither.
+        TypeError: the model has none of these, or its thresholds are not known.
     """
 
     def __init__(
@@ -39,32 +41,37 @@ class DetectorWithDecoding(nn.Module):
     ) -> None:
         super().__init__()
         if not decodes(model):
-            raise TypeError(f"{type(model).__name__} has no scored_boxes")
+            raise TypeError(
+                f"{type(model).__name__} has no scored_boxes, nor detect or decoded in its place; {_DESCRIBED}"
+            )
         self.model, self.candidates = model, candidates
         given = {"score_threshold": score_threshold, "nms_threshold": nms_threshold, "max_detections": max_detections}
-        self.options = {**_defaults(model), **{name: value for name, value in given.items() if value is not None}}
+        self.options = _options(model, {name: value for name, value in given.items() if value is not None})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        raw = self.model(images)
-        if hasattr(self.model, "decoded"):  # overlaps are blended, or there are no boxes to suppress
+        model: Any = self.model
+        size = images.shape[2:]
+        if hasattr(model, "decoded"):  # overlaps are blended, or there are no boxes to suppress
             kept = {name: value for name, value in self.options.items() if name != "nms_threshold"}
-            grouped: dict[str, Tensor] = self.model.decoded(raw, images.shape[2:], **kept)  # type: ignore[operator]
+            grouped: dict[str, Tensor] = model.decoded(model(images), size, **kept)
             return grouped
-        if "labels" in raw:  # suppressed already, under the thresholds of the model
-            boxes = raw["boxes"] * side_factors(raw["sizes"].to(raw["boxes"].dtype), images.shape[2:])[:, None]
+        if hasattr(model, "detect"):  # later branches read what is detected
+            raw = model.detect(images, candidates=self.candidates, **self.options)
+            boxes = raw["boxes"] * side_factors(raw["sizes"].to(raw["boxes"].dtype), size)[:, None]
             return {"boxes": boxes} | {name: raw[name] for name in ("labels", "scores", "masks") if name in raw}
-        options = dict(self.options)
-        if "centerness" in raw:  # the threshold is of a product, the score its root
-            options["score_threshold"] = options["score_threshold"] ** 0.5
-        boxes, scores = self.model.scored_boxes(raw, images.shape[2:])  # type: ignore[operator]
+        raw, options = model(images), dict(self.options)
+        if hasattr(model, "score_cut"):
+            options["score_threshold"] = model.score_cut(options["score_threshold"])
+        boxes, scores = model.scored_boxes(raw, size)
         found, labels, sure, rows = fixed_detections(boxes, scores, candidates=self.candidates, **options)
         given = {"boxes": found, "labels": labels, "scores": sure}
-        return given | self.model.masks_of(raw, rows) if hasattr(self.model, "masks_of") else given  # type: ignore[operator]
+        return given | model.masks_of(raw, rows) if hasattr(model, "masks_of") else given
 
 
 def decodes(model: nn.Module) -> bool:
     """Whether a model can be put into ``DetectorWithDecoding``."""
-    return hasattr(model, "scored_boxes") or (hasattr(model, "decoded") and images_at_a_time(model) != 0)
+    grouped = hasattr(model, "decoded") and images_at_a_time(model) != 0
+    return grouped or hasattr(model, "scored_boxes") or hasattr(model, "detect")
 
 
 def images_at_a_time(model: nn.Module) -> int | None:
@@ -73,11 +80,23 @@ def images_at_a_time(model: nn.Module) -> int | None:
     return size
 
 
-def _defaults(model: nn.Module) -> dict[str, Any]:
-    """The thresholds of a model's ``predict``: its ``thresholds`` where they depend on how it was built, else the
-    defaults of the signature."""
-    stated = inspect.signature(model.predict).parameters  # type: ignore[arg-type]
-    names: tuple[str, ...] = ("score_threshold", "nms_threshold", "max_detections")
-    if hasattr(model, "decoded"):  # the other defaults are those of ``decoded``
-        names = tuple(name for name in names if name in stated)
-    return {name: stated[name].default for name in names} | getattr(model, "thresholds", {})
+def _options(model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """The thresholds given, else those of a model's ``predict``: its ``thresholds`` where they depend on how it was
+    built, else the defaults of the signature.
+
+    Raises:
+        TypeError: one is nowhere.
+    """
+    predict: Any = getattr(model, "predict", None)
+    stated = inspect.signature(predict).parameters if predict is not None else {}
+    names = ("score_threshold", "nms_threshold", "max_detections")
+    defaults = {name: stated[name].default for name in names if name in stated}
+    options = {name: value for name, value in defaults.items() if value is not inspect.Parameter.empty}
+    options |= {**getattr(model, "thresholds", {}), **given}
+    lacking = [name for name in names if options.get(name) is None]
+    if lacking and not hasattr(model, "decoded"):  # the other defaults are those of ``decoded``
+        raise TypeError(
+            f"{type(model).__name__} states no {' and no '.join(lacking)}: predict needs a default, or thresholds a "
+            f"value; {_DESCRIBED}"
+        )
+    return options

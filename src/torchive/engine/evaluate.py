@@ -16,7 +16,7 @@ from torchive.data.samples import SampleSet
 from torchive.engine.metrics import metrics_of, record_of
 from torchive.engine.recipe import REPRESENTING, Recipe, RecipeError
 from torchive.engine.search_figures import search_figures
-from torchive.engine.views import stuff_of
+from torchive.engine.views import space_of, stuff_of
 from torchive.nn.passes import eval_mode
 from torchive.structures import Batch, Prediction
 
@@ -91,7 +91,7 @@ def score(
                 place += world
         rows = gathered(rows, world)
         records = [record for _, record, _ in rows]
-        metrics = metrics_of(recipe.task, records, samples.classes, stuff_of(samples))
+        metrics = metrics_of(recipe.task, records, samples.classes, stuff_of(samples), space_of(samples))
         if recipe.task == "detection":
             metrics |= search_figures(model, records)
     if not predictions:

@@ -296,8 +296,9 @@ def with_forward(model: nn.Module, forward: Callable[..., Any]) -> nn.Module:
 
 def _roomy(model: nn.Module, samples: Tensor) -> Tensor:
     """Samples on which no map of a pyramid is one cell high or wide: an exported file would keep it so at any size."""
-    backbone = getattr(model, "backbone", None)
-    least = 2 * max(level.stride for level in backbone.levels) if isinstance(backbone, Pyramid) else 1
+    backbone, least = getattr(model, "backbone", None), getattr(model, "least_side", None)
+    if least is None:
+        least = 2 * max(level.stride for level in backbone.levels) if isinstance(backbone, Pyramid) else 1
     size = [max(side, least) for side in samples.shape[2:]]
     return samples if size == list(samples.shape[2:]) else nn.functional.interpolate(samples, size=size)
 

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 
 from torchive.engine.build import open_split
 from torchive.engine.cost import in_turn
+from torchive.engine.detector_file import DetectorWithDecoding, decodes, images_at_a_time
 from torchive.engine.evaluate import batches_of, score
 from torchive.engine.export import ExportReport, OnnxModel, export_model, write_onnx
 from torchive.engine.recipe import Recipe
@@ -55,26 +56,29 @@ def export_run(
     )
 
 
-def exported_latency(runs: Mapping[str, Path], *, seconds: float = 2.0) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each run's exported file at batch 1 and 16; the files take turns.
+def exported_latency(runs: Mapping[str, Path], *, seconds: float = 2.0) -> tuple[dict[str, dict[str, float]], bool]:
+    """Median milliseconds of each run's exported file at batch 1 and 16, and whether the files decode; they take turns.
+
+    Detectors have their decoding in the file, where all of the runs can and for batches of any size.
 
     Raises:
         CheckpointError, DataError, ExportError: a run cannot be read or exported.
     """
+    opened = {arm: open_run(Path(run)) for arm, run in runs.items()}
+    decoded = all(decodes(run.model) and images_at_a_time(run.model) is None for run in opened.values())
     files, images = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for arm, run in runs.items():
-            loaded = open_run(Path(run))
+        for arm, loaded in opened.items():
             images[arm] = _stack(loaded.recipe, "test", 16)
             path = Path(folder) / f"{arm}.onnx"
-            write_onnx(loaded.model, images[arm][:2], path)
+            write_onnx(DetectorWithDecoding(loaded.model).eval() if decoded else loaded.model, images[arm][:2], path)
             files[arm] = OnnxModel(path)
     found: dict[str, dict[str, float]] = {arm: {} for arm in runs}
     for count in (1, 16):
         calls = {arm: partial(files[arm], images[arm][:count]) for arm in runs}
         for arm, times in in_turn(calls, seconds, torch.device("cpu")).items():
             found[arm][f"latency_{count}"] = times["median"]
-    return found
+    return found, decoded
 
 
 def _images(recipe: Recipe, split: str) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from torchive.engine.detection_errors import detection_errors, score_overlap
 from torchive.nn.landmark_precision import by_part
 from torchive.ops.panoptic import panoptic_quality, quality_counts, true_panoptic
 from torchive.structures import Detections
-from torchive.structures.landmarks import DEEPFASHION2
+from torchive.structures.landmarks import DEEPFASHION2, LandmarkSpace
 
 IGNORED = 255
 
@@ -88,12 +89,22 @@ def record_of(task: str, prediction: Any, target: Any, classes: int) -> Any:
 
 
 def metrics_of(
-    task: str, records: Sequence[Any], classes: Sequence[str], stuff: Sequence[str] = ()
+    task: str,
+    records: Sequence[Any],
+    classes: Sequence[str],
+    stuff: Sequence[str] = (),
+    space: LandmarkSpace | None = None,
 ) -> dict[str, float]:
-    """All metrics of a task over the records of its samples; ``stuff`` names the categories after the classes."""
+    """All metrics of a task over the records of its samples.
+
+    Args:
+        stuff: names of the categories after the classes.
+        space: the landmarks of targets with ``keypoints``, with sigmas; 294 of them are DeepFashion2's if None. Others
+            are not scored, which is warned of.
+    """
     if task == "classification":
         return _classification(records, classes)
-    return _segmentation(records, classes) if task == "segmentation" else _detection(records, classes, stuff)
+    return _segmentation(records, classes) if task == "segmentation" else _detection(records, classes, stuff, space)
 
 
 def confusion(labels: Tensor, target: Tensor, classes: int) -> Tensor:
@@ -147,7 +158,10 @@ def _boxes(found: Detections) -> dict[str, Tensor]:
 
 
 def _detection(
-    records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], classes: Sequence[str], stuff: Sequence[str]
+    records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]],
+    classes: Sequence[str],
+    stuff: Sequence[str],
+    space: LandmarkSpace | None,
 ) -> dict[str, float]:
     result: dict[str, float] = {}
     for kind, prefix in (("bbox", ""), ("segm", "mask_")):
@@ -157,21 +171,29 @@ def _detection(
         result |= {f"{prefix}{name}": value for name, value in figures.items()}
         if prefix == "" and len(classes) > 1:
             result |= {f"map/{classes[label - 1]}": v for label, v in each.items() if 1 <= label <= len(classes)}
-    if all("keypoints" in found and _deepfashion2(target) for found, target in records):
-        result |= _landmarks(records)
+    if records and all("keypoints" in part for record in records for part in record):
+        result |= _landmarks(records, space)
     if all("panoptic" in found for found, _ in records):
         result |= _panoptic(torch.stack([found["panoptic"] for found, _ in records]).sum(0), classes, stuff)
     return result | {"score_overlap": score_overlap(records)} | detection_errors(records)
 
 
-def _deepfashion2(target: dict[str, Tensor]) -> bool:
-    return "keypoints" in target and target["keypoints"].shape[1] == DEEPFASHION2.total
-
-
-def _landmarks(records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]]) -> dict[str, float]:
+def _landmarks(
+    records: Sequence[tuple[dict[str, Tensor], dict[str, Tensor]]], space: LandmarkSpace | None
+) -> dict[str, float]:
     """``landmark_map`` of marked and ``visible_map`` of visible landmarks, and all figures by part."""
+    count = records[0][1]["keypoints"].shape[1]
+    if space is None and count == DEEPFASHION2.total:
+        space = DEEPFASHION2
+    if space is None or not space.sigmas or space.total != count:
+        warnings.warn(
+            f"the {count} landmarks of the targets are not scored: that needs a sample set whose landmark_space is a "
+            f"structures.landmarks.LandmarkSpace of {count} with sigmas",
+            stacklevel=2,
+        )
+        return {}
     found = [Detections(f["boxes"], f["labels"], f["scores"], f.get("masks"), f["keypoints"]) for f, _ in records]
-    figures = by_part(found, [target for _, target in records], DEEPFASHION2)
+    figures = by_part(found, [target for _, target in records], space)
     names = {"marked/": "landmark_", "visible/": "visible_", "mask/": "mask_", "box/": ""}
     result: dict[str, float] = {}
     for name, value in figures.items():

@@ -97,7 +97,7 @@ def export_figures(comparison: Comparison) -> dict[str, Any]:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             report = export_run(runs["method"], Path(scratch))
-        latency = exported_latency(runs)
+        latency, decoded = exported_latency(runs)
     except (ExportError, ValueError) as error:
         return {"impossible": " ".join(str(error).split())[:200]}
     first, second = (latency[arm] for arm in ARMS)
@@ -106,4 +106,5 @@ def export_figures(comparison: Comparison) -> dict[str, Any]:
         "file": "ONNX, run in ONNX Runtime at two sizes",
         "latency_ms": latency,
         "latency_ratios": {key: round(second[key] / first[key], 4) for key in first},
+        **({"decoded": True} if decoded else {}),
     }

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -300,7 +300,20 @@ def filled(spec: Mapping[str, Any], given: Mapping[str, Any], key: str = "model"
 
 def _typed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The values with their types checked and missing ones filled, by jsonargparse."""
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError
+
+    trial = {**values, "model": filled(values["model"], {"num_classes": 2, "in_channels": 3, "class_counts": [1, 1]})}
+    try:
+        parsed: dict[str, Any] = _parser("optimizer" in values).parse_object(trial).as_dict()
+    except ArgumentError as error:
+        raise RecipeError(f"{where}: {_short(str(error))}") from error
+    return parsed
+
+
+@cache
+def _parser(optimizer: bool) -> Any:
+    """jsonargparse's parser of a recipe's keys, which takes longer to build than a recipe to parse."""
+    from jsonargparse import ArgumentParser
     from torch import nn
     from torch.optim import Optimizer
 
@@ -312,12 +325,8 @@ def _typed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key, cls in _SECTIONS.items():
         parser.add_argument(f"--{key}", type=cls, default=cls())
     parser.add_subclass_arguments(nn.Module, "model", required=True)
-    parser.add_subclass_arguments(Optimizer, "optimizer", skip={"params"}, required="optimizer" in values)
-    trial = {**values, "model": filled(values["model"], {"num_classes": 2, "in_channels": 3, "class_counts": [1, 1]})}
-    try:
-        return parser.parse_object(trial).as_dict()
-    except ArgumentError as error:
-        raise RecipeError(f"{where}: {_short(str(error))}") from error
+    parser.add_subclass_arguments(Optimizer, "optimizer", skip={"params"}, required=optimizer)
+    return parser
 
 
 def _short(message: str) -> str:

@@ -12,6 +12,7 @@ from torchive.data.samples import SampleSet, unit
 from torchive.engine.recipe import RecipeError
 from torchive.ops.masks import class_map
 from torchive.structures import Sample
+from torchive.structures.landmarks import LandmarkSpace
 
 
 class Subset:
@@ -123,6 +124,12 @@ def stuff_of(samples: SampleSet) -> tuple[str, ...]:
         return ()
     inner = getattr(samples, "samples", None)
     return tuple(getattr(samples, "stuff", ())) if inner is None else stuff_of(inner)
+
+
+def space_of(samples: SampleSet) -> LandmarkSpace | None:
+    """The ``landmark_space`` of a set whose objects have landmarks, where it has one."""
+    inner = getattr(samples, "samples", None)
+    return getattr(samples, "landmark_space", None) if inner is None else space_of(inner)
 
 
 def names_of(samples: SampleSet) -> tuple[str, ...]:

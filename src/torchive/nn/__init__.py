@@ -7,6 +7,7 @@ from torchive.nn.network import build_features, build_network
 from torchive.nn.plain import PlainNetwork
 from torchive.nn.pooled import PooledNetwork
 from torchive.nn.residual import ResidualNetwork
+from torchive.nn.retinanet import RetinaNet
 from torchive.nn.segmenter import Segmenter
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "PlainNetwork",
     "PooledNetwork",
     "ResidualNetwork",
+    "RetinaNet",
     "Segmenter",
     "build_features",
     "build_network",

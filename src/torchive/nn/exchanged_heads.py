@@ -75,9 +75,14 @@ def exchange_region_loss(stage: RoIHeads, loss: nn.Module, cls: type[ExchangedRo
         cls: what the stage becomes.
 
     Raises:
-        TypeError: the stage is of another class than torchvision's.
+        TypeError: the stage is of another class than torchvision's. ValueError: its loss was exchanged already.
     """
-    if type(stage) is not RoIHeads and not isinstance(stage, ExchangedRoIHeads):
+    if isinstance(stage, ExchangedRoIHeads):
+        raise ValueError(
+            f"the second stage already has a {type(stage.region_loss).__name__}, which another exchange would undo; "
+            "build the model anew"
+        )
+    if type(stage) is not RoIHeads:
         raise TypeError(f"expected torchvision's RoIHeads, got {type(stage).__name__}")
     stage.__class__ = cls
     stage.region_loss = loss

@@ -1,4 +1,4 @@
-"""Default boxes over several maps: shapes, matching, loss and decoding of SSD, for all detectors that stand on it.
+"""Default boxes over several maps: shapes, matching, loss, decoding and verbs of SSD, for all that stand on it.
 
 Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016, arXiv:1512.02325. N images, A default boxes, K classes
 without background; boxes are in fractions of the image until they are decoded.
@@ -7,7 +7,7 @@ without background; boxes are in fractions of the image until they are decoded.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,10 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
-from torchive.ops.anchors import default_scales, default_shapes
+from torchive.nn.multibox_sources import PyramidSources, VGGSources
+from torchive.ops.anchors import default_boxes, default_scales, default_shapes
 from torchive.ops.boxes import code_iou, decode_boxes, encode_boxes
-from torchive.ops.images import side_factors
+from torchive.ops.images import check_images, image_sizes, side_factors, stack_resized, training_targets
 from torchive.ops.matching import hard_negatives, match_default_boxes
 from torchive.structures import Detections
 
@@ -233,3 +234,90 @@ def decode_multibox(
         kept = torchvision.ops.batched_nms(box, score, label, nms_threshold)[:max_detections]
         found.append(Detections(box[kept], label[kept], score[kept]))
     return found
+
+
+class MultiBoxDetector(nn.Module):
+    """A detector of default boxes over the maps of its backbone: all but the constructor.
+
+    A subclass sets what is declared here, and ``shapesK`` (B, 2) for each K of ``sources``: width and height of a
+    cell's default boxes on that map.
+    """
+
+    task = "detection"
+    classification: Mode = "softmax"
+    num_classes: int
+    in_channels: int
+    image_size: int
+    mining_ratio: float | None
+    iou_threshold: float
+    sources: tuple[int, ...]
+    steps: tuple[float, ...] | None
+    backbone: VGGSources | PyramidSources
+    head: nn.Module
+
+    def forward(self, inputs: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
+        """``logits`` (N, A, K + 1), or (N, A, K) with sigmoids, ``deltas`` (N, A, 4), ``anchors`` (A, 4) in fractions
+        of the image."""
+        check_images(inputs, self.in_channels)
+        x = inputs if isinstance(inputs, Tensor) else self._resize(inputs)
+        if min(x.shape[2:]) < self.backbone.smallest:
+            raise ValueError(f"each side must be at least {self.backbone.smallest}, got {tuple(x.shape[2:])}")
+        maps = self._maps(x)
+        out: dict[str, Tensor] = self.head(maps)
+        shapes = [getattr(self, f"shapes{k}") for k in self.sources]
+        anchors = default_boxes([m.shape[2:] for m in maps], shapes, self.steps)
+        return {"logits": out["cls_logits"], "deltas": out["bbox_regression"], "anchors": anchors}
+
+    def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """``classification`` and ``localisation``, both zero where no default box is matched."""
+        check_images(inputs, self.in_channels)
+        sizes = image_sizes(inputs)
+        targets = training_targets(targets, len(sizes), self.num_classes)
+        raw = self(self._resize(inputs))
+        matches, boxes = match_targets(raw["anchors"], sizes, targets, self.iou_threshold)
+        labels = torch.cat([target["labels"] for target in targets])
+        options = {"mode": self.classification, "mining_ratio": self.mining_ratio, **self._loss_options()}
+        return multibox_loss(raw["logits"], raw["deltas"], raw["anchors"], matches, boxes, labels, **options)
+
+    def decode(
+        self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
+    ) -> list[Detections]:
+        """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
+        return decode_multibox(raw, image_sizes, mode=self.classification, **options)
+
+    def predict(
+        self,
+        inputs: Tensor | Sequence[Tensor],
+        *,
+        score_threshold: float = 0.01,
+        candidates: int = 400,
+        nms_threshold: float = 0.45,
+        max_detections: int = 200,
+    ) -> list[Detections]:
+        """One ``Detections`` per image, boxes in pixels of the image that went in."""
+        check_images(inputs, self.in_channels)
+        return self.decode(
+            self(self._resize(inputs)),
+            image_sizes(inputs),
+            score_threshold=score_threshold,
+            candidates=candidates,
+            nms_threshold=nms_threshold,
+            max_detections=max_detections,
+        )
+
+    def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What ``predict`` suppresses: boxes (N, P, 1, 4) in pixels of images of ``size`` (height, width), scores
+        (N, P, K)."""
+        return scored_multibox(raw, size, mode=self.classification)
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        """The maps that the heads read, one for each of ``sources``."""
+        maps = self.backbone(x)
+        return [maps[k] for k in self.sources]
+
+    def _loss_options(self) -> dict[str, Any]:
+        """Further options of ``multibox_loss``."""
+        return {}
+
+    def _resize(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
+        return stack_resized(inputs, (self.image_size, self.image_size))

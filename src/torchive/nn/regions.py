@@ -194,15 +194,20 @@ def image_of(proposals: Tensor) -> Tensor:
 
 
 def class_boxes(
-    raw: dict[str, Tensor], *, sigmoid: bool = False, weights: tuple[float, float, float, float] = WEIGHTS
+    raw: dict[str, Tensor],
+    *,
+    proposals_only: bool = False,
+    sigmoid: bool = False,
+    weights: tuple[float, float, float, float] = WEIGHTS,
 ) -> tuple[Tensor, Tensor]:
-    """Boxes (N, P, K, 4), or (N, P, 1, 4) where the classes share them, and scores (N, P, K), -1 where a row is empty.
+    """Boxes (N, P, K, 4), or (N, P, 1, 4) where the classes share them, and scores (N, P, K), -1 where a row is empty;
+    of proposals alone (N, P, 1, 4) and (N, P, 1).
 
-    ``raw``, ``sigmoid`` and ``weights`` are those of ``decode_regions``.
+    ``raw`` and the options are those of ``decode_regions``.
     """
     kind = torch.promote_types(raw["proposals"].dtype, torch.float32)
     proposals, scores = raw["proposals"].to(kind)[:, :, None], raw["proposal_scores"].to(kind)[..., None]
-    if "class_logits" not in raw:
+    if proposals_only:
         return proposals, torch.where(scores >= 0, scores, -1)
     logits, deltas = raw["class_logits"].to(kind), raw["box_deltas"].to(kind).unflatten(2, (-1, 4))
     boxes = decode_boxes(deltas[:, :, 1:] if deltas.shape[2] > 1 else deltas, proposals, weights)
@@ -224,6 +229,7 @@ def decode_regions(
     nms_threshold: float = 0.5,
     max_detections: int = 100,
     soft_sigma: float | None = None,
+    proposals_only: bool = False,
     sigmoid: bool = False,
     weights: tuple[float, float, float, float] = WEIGHTS,
 ) -> list[Detections]:
@@ -231,15 +237,16 @@ def decode_regions(
 
     Args:
         raw: ``proposals`` (N, P, 4), ``proposal_scores`` (N, P), negative where a row is empty, ``sizes`` (N, 2), and
-            of a second stage ``class_logits`` (N, P, K + 1) and ``box_deltas`` (N, P, 4 (K + 1)) or (N, P, 4). Without
-            it the proposals are the detections, of class 1, scored by their objectness.
+            of a second stage ``class_logits`` (N, P, K + 1) and ``box_deltas`` (N, P, 4 (K + 1)) or (N, P, 4).
         image_sizes: of the images that went in.
         score_threshold, nms_threshold, max_detections: as of ``best_detections``.
         soft_sigma: lower the scores of what overlaps, as ``soft_detections`` does, instead of dropping it.
+        proposals_only: there is no second stage: the proposals are the detections, of class 1, scored by their
+            objectness.
         sigmoid: whether each class's logit is a score of its own; the background's is left out then.
         weights: of the box code.
     """
-    boxes, scores = class_boxes(raw, sigmoid=sigmoid, weights=weights)
+    boxes, scores = class_boxes(raw, proposals_only=proposals_only, sigmoid=sigmoid, weights=weights)
     suppress: Callable[..., tuple[Tensor, ...]] = partial(best_detections, nms_threshold=nms_threshold)
     if soft_sigma is not None:
         suppress = partial(soft_detections, sigma=soft_sigma)

@@ -20,19 +20,6 @@ class TwoStage(nn.Module):
     image_size: int | None
     strides: tuple[int, ...]
 
-    def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """What ``predict`` suppresses: boxes (N, P, K, 4) or (N, P, 1, 4) in pixels of images of ``size`` (height,
-        width), scores (N, P, K)."""
-        return scored_regions(self._final(raw), size, **self._coding())
-
-    def _final(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The raw outputs as ``decode_regions`` takes them."""
-        return raw
-
-    def _coding(self) -> dict[str, Any]:
-        """How class scores and boxes are coded, as options of ``class_boxes``."""
-        return {}
-
     def _batch(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Images resized and padded to (N, C, H, W), and their sizes (N, 2) before padding."""
         check_images(inputs, self.in_channels)
@@ -40,7 +27,15 @@ class TwoStage(nn.Module):
 
 
 class DetectsRegions(TwoStage):
-    """A detector whose regions, suppressed after ``forward``, are its detections."""
+    """A detector whose regions, suppressed after ``forward``, are its detections.
+
+    Where it has ``roi_heads`` and that is None, there is no second stage and its proposals are the detections.
+    """
+
+    def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """What ``predict`` suppresses: boxes (N, P, K, 4) or (N, P, 1, 4) in pixels of images of ``size`` (height,
+        width), scores (N, P, K); of proposals alone (N, P, 1, 4) and (N, P, 1)."""
+        return scored_regions(self._final(raw), size, **self._options())
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -52,18 +47,34 @@ class DetectsRegions(TwoStage):
     ) -> list[Detections]:
         """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
         given = {name: value for name, value in options.items() if value is not None}
-        return decode_regions(self._final(raw), image_sizes, **self._coding(), **{**self.thresholds, **given})
+        return decode_regions(self._final(raw), image_sizes, **self._options(), **{**self.thresholds, **given})
+
+    def _final(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The raw outputs as ``decode_regions`` takes them."""
+        return raw
+
+    def _coding(self) -> dict[str, Any]:
+        """How class scores and boxes are coded, as options of ``class_boxes``."""
+        return {}
+
+    def _options(self) -> dict[str, Any]:
+        return {"proposals_only": True} if getattr(self, "roi_heads", self) is None else self._coding()
 
 
 class DetectsInForward(TwoStage):
     """A detector whose later branches read its detections, so that suppression is a part of ``forward``.
 
-    ``detected`` are the thresholds of ``forward``, and so of an exported file, by the names of ``fixed_detections``;
+    ``detected`` are the thresholds of ``forward``, and so of its exported file, by the names of ``fixed_detections``;
     ``_raw`` gives the raw outputs under any.
     """
 
     detected: ClassVar[dict[str, Any]]
     _raw: Callable[..., dict[str, Tensor]]
+
+    def detect(self, inputs: Tensor | Sequence[Tensor], **options: Any) -> dict[str, Tensor]:
+        """Raw outputs, as of ``forward``, under other thresholds: ``score_threshold``, ``nms_threshold``,
+        ``max_detections`` and ``candidates`` as of ``fixed_detections``, those of ``forward`` where not given."""
+        return self._detect(inputs, **{**self.detected, **options})
 
     def _detect(self, inputs: Tensor | Sequence[Tensor], **options: Any) -> dict[str, Tensor]:
         """Raw outputs under other thresholds; under its own by ``forward``, in whose place an exported file stands."""

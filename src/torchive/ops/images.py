@@ -158,8 +158,8 @@ def side_factors(sizes: Tensor, original: Sequence[int]) -> Tensor:
     return (size_tensor(original, sizes) / sizes)[:, [1, 0, 1, 0]]
 
 
-#: Keys of a target with one row for each object.
-_ROWS = ("boxes", "labels", "masks", "iscrowd", "area", "keypoints", "pair_id", "style", "source", "rotated", "depth")
+#: Keys of a target with one row for each object; ``depth`` is read with the crowds in.
+_ROWS = ("boxes", "labels", "masks", "iscrowd", "area", "keypoints", "pair_id", "style", "source", "rotated")
 
 
 def training_targets(

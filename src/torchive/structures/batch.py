@@ -11,7 +11,10 @@ The target of one sample, by task:
   and 0 for not marked, 1 for hidden, 2 for visible, zeros where a class has no such point; items that are sought in
   other images have ``pair_id``, ``style`` and ``source`` (L,), 0 a shop's and 1 a user's photograph: two are one item
   where pair and style agree and the style is above 0; where only some images have boxes, each also has ``has_boxes``
-  () bool and ``image_labels`` (K,) float, 1 for each class that it shows;
+  () bool and ``image_labels`` (K,) float, 1 for each class that it shows; ``rotated`` (L, 5), centre x and y, two
+  sides in pixels and the angle in radians, is read where anchors are oriented, and ``depth`` (L,), above zero, or
+  (H, W) where objects are told apart by it; ``ignored`` (H, W) bool is no annotation, but what ``training_targets``
+  leaves of the crowds that it takes out: the pixels of their masks;
 - self-supervised: ``None``.
 """
 

@@ -34,9 +34,9 @@ Augment = str | Sequence[Any] | Callable[[Tensor], Tensor]
 def normalisation(task: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation per channel that ``build`` uses.
 
-    ImageNet's, so that pretrained networks fit; none (0 and 1) for detection, where images are in [0, 1] as torchvision's
-    detectors take them. Theirs normalise inside, the detectors of this archive do not: the backbone sees what went in,
-    and a trained one (``torchive.engine.pretrained.PretrainedFeatures``) normalises for itself.
+    ImageNet's, so that pretrained networks fit; none (0 and 1) for detection, where images are in [0, 1] as
+    torchvision's detectors take them. Theirs normalise inside, the detectors of this archive do not: the backbone sees
+    what went in, and a trained one (``torchive.engine.pretrained.PretrainedFeatures``) normalises for itself.
     """
     if task == "detection":
         return (0.0,) * channels, (1.0,) * channels
@@ -192,8 +192,9 @@ class Pipeline:
             return Sample(self._normalise(image), target, sample.id)
         if self.steps:
             image, target = self._augment(image, target)
-            if self.task == "detection" and self.image_size is not None and max(image.shape[-2:]) > self.image_size:
-                image, target = self.prepare(Sample(image, target, sample.id)).image, target
+            if self.task == "detection" and self.larger is not None and max(image.shape[-2:]) > self.larger:
+                fitting = self.prepare(Sample(image, target, sample.id))
+                image, target = fitting.image, fitting.target
         if (
             self.image_size is not None
             and self.task != "detection"

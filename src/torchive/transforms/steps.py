@@ -69,13 +69,13 @@ class RandomIoUCrop(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.crop = v2.RandomIoUCrop()
-        # the crop leaves no side to a box whose centre is outside, and at least half of it to the others
-        self.clean = v2.SanitizeBoundingBoxes(min_size=1e-3, labels_getter=_per_box)
 
     def forward(self, image: Any, target: Mapping[str, Any]) -> Any:
         if len(target["boxes"]) == 0:
             return image, target
-        return self.clean(*self.crop(image, target))
+        part, found = self.crop(image, target)
+        boxes = found["boxes"]  # without sides where the centre is outside; the others keep half of each at least
+        return part, _with_rows(found, (boxes[:, 2:] > boxes[:, :2]).all(1).as_subclass(torch.Tensor))
 
 
 class RandomZoomOut(nn.Module):
@@ -112,7 +112,9 @@ class RandomZoomOut(nn.Module):
         placed = F.pad(image, border, fill=grey)
         if target is None:
             return placed
-        found = {**target, "boxes": F.pad(target["boxes"], border)}
+        boxes = target["boxes"].as_subclass(torch.Tensor)
+        boxes = boxes + boxes.new_tensor([left, top] * 2)
+        found = {**target, "boxes": tv_tensors.wrap(boxes, like=target["boxes"], canvas_size=(tall, wide))}
         for key, outside in (("masks", 0), ("semantic", 255)):
             if key in target:
                 rows = target[key].new_full((*target[key].shape[:-2], tall, wide), outside)
@@ -173,17 +175,17 @@ class RandomShiftScale(nn.Module):
             points = points * factor + offset
             inside = ((points >= 0) & (points < 2 * middle)).all(-1, keepdim=True)
             found["keypoints"] = torch.cat([points, seen], -1) * (inside & (seen > 0))
-        found |= {key: value[left] for key, value in found.items() if key not in _NOT_PER_BOX}
-        if "masks" in found:
-            found["masks"] = tv_tensors.Mask(found["masks"][left])
-        return moved, {**found, "boxes": tv_tensors.wrap(boxes[left], like=target["boxes"])}
+        found["boxes"] = tv_tensors.wrap(boxes, like=target["boxes"])
+        return moved, _with_rows(found, left)
 
 
-#: What loses its rows by itself, and what speaks of the whole image.
-_NOT_PER_BOX = ("boxes", "masks", "image_labels", "has_boxes", "semantic")
+#: What speaks of the whole image.
+_NOT_PER_BOX = ("image_labels", "has_boxes", "semantic")
 
 
-def _per_box(inputs: Any) -> tuple[torch.Tensor, ...]:
-    """The plain tensors that have a row for each box and must lose the rows of dropped boxes."""
-    target = next(part for part in inputs if isinstance(part, dict))
-    return tuple(value for key, value in target.items() if key not in _NOT_PER_BOX)
+def _with_rows(target: Mapping[str, Any], left: torch.Tensor) -> dict[str, Any]:
+    """The target of the boxes that are ``left`` (L,) alone."""
+    return {
+        key: value if key in _NOT_PER_BOX else tv_tensors.wrap(value.as_subclass(torch.Tensor)[left], like=value)
+        for key, value in target.items()
+    }

@@ -378,6 +378,7 @@ def test_auxiliary_classifier():
         assert torch.allclose(system.losses(x, y)["auxiliary"], expected)
 
 
+@pytest.mark.slow
 def test_one_file_for_images_of_every_size(tmp_path):
     from torchive.engine.export import OnnxModel, gap_to_torch, write_onnx
 

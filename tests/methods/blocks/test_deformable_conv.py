@@ -397,6 +397,7 @@ def test_convert_selects_and_explains():
     assert named(network) == []
 
 
+@pytest.mark.slow
 def test_exports_whole(tmp_path):
     from torchive.engine.export import OnnxModel, gap_to_torch, write_onnx
 

@@ -207,6 +207,7 @@ def _distributed(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_hold_the_same_bases(tmp_path: Path):
     mp.spawn(_distributed, args=(str(tmp_path),), nprocs=2)
 

@@ -530,6 +530,7 @@ def test_plain_weights_load_and_a_copy_is_independent():
     assert (deep[3].low_out, deep[5].low_in, deep[5].low_out) == (4, 4, 0)
 
 
+@pytest.mark.slow
 def test_compiles_and_exports_whole(tmp_path):
     from torchive.engine.export import OnnxModel, gap_to_torch, write_onnx
 

@@ -358,6 +358,7 @@ def test_the_rest_of_the_network_is_kept_and_undo_restores_it():
     assert torch.equal(network(x), original(x))
 
 
+@pytest.mark.slow
 def test_exports_whole(tmp_path):
     from torchive.engine.export import OnnxModel, gap_to_torch, write_onnx
 

@@ -483,6 +483,7 @@ def test_depthwise_convolutions_become_shifts():
         moved_share(nn.Linear(2, 2))
 
 
+@pytest.mark.slow
 def test_exports_whole(tmp_path):
     from torchive.engine.export import OnnxModel, gap_to_torch, write_onnx
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchive.methods.detection.ehsod import EHSOD
-from torchive.methods.detection.ehsod.cam import box_loss, heat_map, image_loss, ranking
+from torchive.methods.detection.ehsod.cam import box_loss, cells_inside, heat_map, image_loss, ranking
 from torchive.methods.detection.ehsod.multiple_instances import (
     ImageHead,
     best_boxes,
@@ -104,7 +104,8 @@ def test_losses_equal_slow_references(record) -> None:
         score = [sum(float(cam[n, c].sum()) / cam[n, c].numel() for cam in cams) / 2 for c in range(3)]
         norm = math.log(sum(math.exp(s) for s in score))
         total -= sum(float(present[n, c]) * (score[c] - norm) for c in range(3)) / float(present[n].sum()) / 2
-    gaps.append(abs(float(image_loss(cams, present)) - total))
+    whole = torch.tensor([[16.0, 20]] * 2)
+    gaps.append(abs(float(image_loss(cams, present, (4, 8), whole)) - total))
 
     targets = [
         {"boxes": torch.tensor([[1.0, 2, 9, 11], [6, 0, 20, 7]], dtype=torch.double), "labels": torch.tensor([2, 3])},
@@ -127,7 +128,7 @@ def test_losses_equal_slow_references(record) -> None:
                         p = 1 / (1 + math.exp(-float(cam[n, c, i, j])))
                         entries.append(-math.log(p if truth else 1 - p))
         levels.append(sum(entries) / len(entries))
-    gaps.append(abs(float(box_loss(cams, targets, (4, 8))) - sum(levels) / 2))
+    gaps.append(abs(float(box_loss(cams, targets, (4, 8), whole)) - sum(levels) / 2))
 
     head = ImageHead(6, 3).double()
     features, image = torch.randn(7, 6, dtype=torch.double), torch.tensor([0, 1, 0, 1, 1, 0, 1])
@@ -167,19 +168,152 @@ def test_algebra_of_the_shares() -> None:
 
 
 def test_ranking_by_class_activation() -> None:
-    objectness = torch.randn(2, 2 * (12 + 2)) * 8
     cams = [torch.full((2, 3, 3, 4), -1.0), torch.full((2, 3, 1, 2), -1.0)]
-    for rule in ("product", "sum"):
-        ranked = ranking(objectness, cams, 2, rule)
-        assert torch.equal(ranked.argsort(1), objectness.argsort(1)), f"{rule}: a constant changes no order"
+    for seed in range(60):
+        objectness = torch.randn(2, 2 * (12 + 2), generator=torch.Generator().manual_seed(seed)) * 8
+        for rule in ("product", "sum", "none"):
+            ranked = ranking(objectness, cams, 2, rule)
+            assert torch.equal(ranked.argsort(1), objectness.argsort(1)), f"{rule}, {seed}: a constant changes no order"
     cams[0][0, 1, 2, 3] = 5.0  # the last cell of the first level
     product = ranking(objectness, cams, 2, "product")
     lifted = torch.nonzero((product - ranking(objectness, [c * 0 - 1.0 for c in cams], 2)).abs() > 1e-4)
     assert lifted.tolist() == [[0, 22], [0, 23]]
     p, q = objectness.double().sigmoid(), torch.full_like(objectness, -1.0, dtype=torch.double).sigmoid()
     q[0, 22:24] = torch.tensor(5.0, dtype=torch.double).sigmoid()
-    torch.testing.assert_close(product.double().sigmoid(), p * q, rtol=1e-4, atol=1e-9)
-    assert ranking(torch.tensor([[400.0, -400]]), [torch.full((1, 1, 1, 2), 400.0)], 1).isfinite().all()
+    torch.testing.assert_close(product.sigmoid(), p * q, rtol=1e-9, atol=0)
+    total = ranking(objectness, cams, 2, "sum")
+    torch.testing.assert_close(total.sigmoid(), (p + q) / 2, rtol=1e-9, atol=0)
+    for rule in ("product", "sum"):
+        for value in (900.0, -900.0):
+            ends = ranking(torch.tensor([[900.0, -900]]), [torch.full((1, 1, 1, 2), value)], 1, rule)
+            assert ends.isfinite().all(), (rule, value)
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_the_strongest_cell_is_proposed_first(level: int) -> None:
+    """All anchors alike but for one cell's class activation: its anchors lead, clipped to the image."""
+    net = EHSOD(**SMALL).eval()
+    for parameter in net.rpn.head.parameters():
+        torch.nn.init.zeros_(parameter)
+    row, column = 5, 2
+
+    def lift(_module: object, _given: object, cams: list[Tensor]) -> list[Tensor]:
+        cams = [torch.full_like(cam, -3.0) for cam in cams]
+        cams[level][0, 1, row, column] = 4.0
+        return cams
+
+    net.cam.register_forward_hook(lift)
+    with torch.no_grad():
+        raw = net(torch.rand(1, 3, 64, 64))
+    x, y = column * net.strides[level], row * net.strides[level]  # torchvision's anchors stand on corners
+    first = raw["proposals"][0, 0]
+    anchors = raw["anchors"][: 3 * (64 // net.strides[0]) ** 2]
+    if level:
+        anchors = raw["anchors"][len(anchors) : len(anchors) + 3 * (64 // net.strides[1]) ** 2]
+    place = 3 * (row * (64 // net.strides[level]) + column)
+    own = anchors[place : place + 3]
+    torch.testing.assert_close((own[:, :2] + own[:, 2:]) / 2, torch.tensor([[x, y]] * 3).to(own), rtol=0, atol=1)
+    assert (own.clamp(0, 64) - first).abs().amax(1).min() < 1e-4
+
+
+def test_predictions_are_the_last_boxes_with_the_mean_of_the_stages() -> None:
+    """Without the image-level heads: numbers that are none in them change nothing."""
+    net = EHSOD(**SMALL).eval()
+    images = torch.rand(2, 3, 64, 64)
+    for t, stage in enumerate(net.boxes.stages):
+        torch.nn.init.normal_(stage.box_predictor.bbox_pred.bias, std=1 + t)
+        torch.nn.init.normal_(stage.box_predictor.cls_score.bias)
+    for parameter in net.image_heads.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    with torch.no_grad():
+        raw, maps = net(images), net.backbone(images)
+        stages = net.boxes(partial(net._pool, maps), raw["proposals"], raw["sizes"])
+        found = net.predict(images, score_threshold=-1.0, nms_threshold=1.0, max_detections=1000)
+    mean = torch.stack([stages["stage_logits"][:, t] for t in range(3)]).sum(0) / 3
+    last = stages["stage_boxes"][:, 2]
+    assert (last - stages["stage_boxes"][:, 1]).abs().max() > 1
+    for n, one in enumerate(found):
+        there = (raw["proposal_scores"][n] >= 0) & ((last[n, :, 2:] - last[n, :, :2]) > 0).all(1)
+        score = mean[n].softmax(1)[there, 1:]
+        rows = torch.cat([last[n][there].repeat_interleave(3, 0), score.reshape(-1, 1)], 1)
+        own = torch.cat([one.boxes, one.scores[:, None]], 1)
+        assert len(own) == len(rows) > 30
+        order = (rows[:, 4].argsort(descending=True), own[:, 4].argsort(descending=True))
+        torch.testing.assert_close(own[order[1]][:, 4], rows[order[0]][:, 4])
+        assert torch.cdist(own, rows, compute_mode="donot_use_mm_for_euclid_dist").amin(1).max() < 1e-3
+
+
+def test_a_mined_box_has_an_area() -> None:
+    """A stage that moves every box out of the image leaves boxes without width, which are nobody's pseudo box."""
+    net = EHSOD(**SMALL, mine=True)
+    for stage in net.boxes.stages:
+        torch.nn.init.zeros_(stage.box_predictor.bbox_pred.weight)
+        stage.box_predictor.bbox_pred.bias.data = torch.tensor([3000.0, 0, 0, 0])
+    losses = net.losses(*scene("ww"))
+    assert all(bool(value.isfinite()) for value in losses.values()), losses
+    boxes = torch.tensor([[0.0, 0, 0.5, 9], [64, 0, 64, 9], [2, 2, 3, 9]])
+    shares, shown = torch.tensor([[0.6], [0.3], [0.1]]), torch.ones(1, 1)
+    (found,) = best_boxes(shares, boxes, torch.zeros(3).long(), shown)
+    assert found["boxes"].tolist() == [[2, 2, 3, 9]]
+    (none,) = best_boxes(shares[:2], boxes[:2], torch.zeros(2).long(), shown)
+    assert len(none["boxes"]) == len(none["labels"]) == 0
+
+
+def test_the_padding_of_a_batch_says_nothing() -> None:
+    """Cells outside an image count neither in its score nor in its heat map, and images count alike."""
+    sizes = torch.tensor([[20.0, 33], [64, 64]])
+    assert cells_inside((8, 8), 8, sizes).flatten(1).sum(1).tolist() == [3 * 5, 64]
+    cams = [torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 4)]
+    present = torch.tensor([[1.0, 0, 0], [0, 1, 1]])
+    targets = [{"boxes": torch.tensor([[3.0, 2, 30, 19]]), "labels": torch.tensor([2])}] * 2
+    alone = [[cams[0][:1, :, :3, :5], cams[1][:1, :, :2, :3]], [cam[1:] for cam in cams]]
+    for kind in ("softmax", "sigmoid"):
+        parts = [image_loss(alone[n], present[n : n + 1], (8, 16), sizes[n : n + 1], kind) for n in range(2)]
+        torch.testing.assert_close(image_loss(cams, present, (8, 16), sizes, kind), sum(parts) / 2)
+    parts = [box_loss(alone[n], targets[:1], (8, 16), sizes[n : n + 1]) for n in range(2)]
+    torch.testing.assert_close(box_loss(cams, targets, (8, 16), sizes), sum(parts) / 2)
+
+    net = EHSOD(**SMALL)
+    found, two = [], torch.tensor([[64.0, 64], [32, 40]])
+    for value in (-40.0, 40.0):
+
+        def fill(_module: object, _given: object, cams: list[Tensor], value: float = value) -> list[Tensor]:
+            classes = value * torch.arange(3.0)[:, None, None]
+            inside = [cells_inside(c.shape[2:], k, two) for c, k in zip(cams, net.strides, strict=True)]
+            return [torch.where(own, cam, classes) for own, cam in zip(inside, cams, strict=True)]
+
+        handle = net.cam.register_forward_hook(fill)
+        targets = scene("ff")[1]
+        targets[1]["boxes"] = targets[1]["boxes"] / 2
+        with torch.no_grad():
+            torch.manual_seed(0)
+            found.append(net.losses([torch.ones(3, 64, 64), torch.ones(3, 32, 40)], targets))
+        handle.remove()
+    for name in ("loss_cam_image", "loss_cam_box"):
+        assert torch.equal(found[0][name], found[1][name]), name
+
+
+def test_the_baseline_does_not_compute_what_it_does_not_use() -> None:
+    def refuse(*_given: object) -> None:
+        raise AssertionError("computed")
+
+    images, targets = scene("fw")
+    plain = {"cam_weight": 0.0, "image_weight": 0.0, "rank_by": "none"}
+    net = EHSOD(**SMALL, **plain)
+    net.cam.register_forward_hook(refuse)
+    for head in net.image_heads:
+        head.register_forward_hook(refuse)
+    losses = net.losses(images, targets)
+    assert set(losses) == {"loss_objectness", "loss_rpn_box_reg"} | {
+        f"stage{t}.loss_{name}" for t in range(3) for name in ("classifier", "box_reg")
+    }
+    assert net.eval()(images).keys() == EHSOD(**SMALL).eval()(images).keys()
+    for option in ({"cam_weight": 1.0}, {"image_weight": 1.0}, {"rank_by": "sum"}, {"mine": True}):
+        other = EHSOD(**SMALL, **{**plain, **option})
+        for part in (other.cam, *other.image_heads):
+            part.register_forward_hook(refuse)
+        with pytest.raises(AssertionError, match="computed"):
+            other.losses(images, targets)
 
 
 def test_heat_maps_shrink_to_the_middle() -> None:
@@ -203,6 +337,10 @@ def test_heat_maps_shrink_to_the_middle() -> None:
 def test_bad_options_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EHSOD(**{**SMALL, **options})
+    images, targets = scene("fw")
+    del targets[1]["image_labels"]
+    with pytest.raises(ValueError, match=r"target 1 has neither boxes nor labels: expected image_labels \(3,\)"):
+        EHSOD(**SMALL).losses(images, targets)
     images, targets = scene("f")
     targets[0]["image_labels"] = torch.ones(5)
     with pytest.raises(ValueError, match="image_labels must have the shape"):

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from tests.nn.torchvisions import LEVELS, Named
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchive.engine.export import OnnxModel, write_onnx
 from torchive.methods.detection.faster_rcnn import FasterRCNN
 from torchive.nn.region_proposals import ConditionedRPNHead, propose, rpn_loss
+from torchive.nn.regions import Regions, offset_errors
 from torchive.ops.roi import pool_regions
 
 SIZES = [[8.0], [16.0], [32.0], [64.0], [128.0]]
@@ -85,12 +85,43 @@ def test_nothing_sampled_gives_a_zero_loss() -> None:
         assert all(float(v.detach()) == 0 for v in losses.values())
 
 
-def test_smooth_l1_has_a_bounded_continuous_gradient() -> None:
-    x = torch.linspace(-3, 3, 601, dtype=torch.double, requires_grad=True)
-    F.smooth_l1_loss(x, torch.zeros_like(x), reduction="sum").backward()
-    assert x.grad.abs().max() <= 1
-    assert x.grad.diff().abs().max() < 0.011
-    assert float(x.grad[(x.detach() - 1).abs().argmin()]) == pytest.approx(1.0)
+@pytest.mark.parametrize(("stage", "beta"), [("paper", 1.0), ("sampled", 1 / 9), ("second", 1.0), ("second", 1 / 9)])
+def test_smooth_l1_has_a_bounded_continuous_gradient(stage: str, beta: float) -> None:
+    """Of both stages: x / beta up to beta, then 1."""
+    x = torch.linspace(-3, 3, 601, dtype=torch.double)
+    deltas, ones = x[:, None].repeat(1, 4).requires_grad_(), torch.ones(601, dtype=torch.int64)
+    if stage == "second":
+        box = torch.tensor([[3.0, 4, 9, 12]], dtype=torch.double).repeat(601, 1)  # regions that are their objects
+        offset_errors(deltas, Regions(box, ones * 0, ones, ones * 0, box), beta=beta).sum().backward()
+    else:
+        options = {"normalisation": stage, "balance": 1.0}
+        codes = [torch.zeros(601, 4, dtype=torch.double)]
+        losses = rpn_loss(torch.zeros(1, 601), deltas[None], [ones.double()], codes, first_sampler, **options)
+        (losses["loss_rpn_box_reg"] * (601 if stage == "sampled" else 1)).backward()
+    for gradient in deltas.grad.unbind(1):
+        torch.testing.assert_close(gradient, (x / beta).clamp(-1, 1))
+        assert gradient.diff().abs().max() < 0.0101 / beta
+
+
+@pytest.mark.parametrize("pyramid", [True, False])
+def test_second_stage_has_the_paper_s_smooth_l1_with_one_map(pyramid: bool) -> None:
+    net = FasterRCNN(**{**SMALL, "pyramid": pyramid, "anchor_sizes": SIZES if pyramid else [[16.0, 32.0]]})
+    target = {"boxes": torch.tensor([[5.0, 5, 40, 45]]), "labels": torch.tensor([1])}
+    image, found = torch.rand(1, 3, 64, 64), []
+    for beta in (net.region_beta, 1.0, 1 / 9):
+        net.region_beta = beta
+        torch.manual_seed(0)
+        with torch.no_grad():
+            found.append(float(net.losses(image, [target])["loss_box_reg"]))
+    assert found[0] == found[2 if pyramid else 1] != found[1 if pyramid else 2]
+    assert FasterRCNN(**SMALL, classification="sigmoid", region_beta=0.5).region_loss.beta == 0.5
+
+
+def test_torchvisions_call_is_refused() -> None:
+    """The second argument is no condition: losses are asked for by name."""
+    target = {"boxes": torch.tensor([[5.0, 5, 40, 45]]), "labels": torch.tensor([1])}
+    with pytest.raises(TypeError, match=r"forward\(\) takes 2 positional arguments"):
+        FasterRCNN(**SMALL)([torch.rand(3, 64, 64)], [target])
 
 
 def test_paper_defaults() -> None:
@@ -113,7 +144,7 @@ def test_paper_defaults() -> None:
 def test_equals_torchvision_on_copied_weights(pyramid: bool, record) -> None:
     """Losses and gradients under one seed, proposals, and detections of the whole model."""
     sizes = SIZES if pyramid else [[16.0, 32.0, 64.0]]
-    options = {**SMALL, "pyramid": pyramid, "anchor_sizes": sizes, "min_proposal": 0.0}
+    options = {**SMALL, "pyramid": pyramid, "anchor_sizes": sizes, "min_proposal": 0.0, "region_beta": 1 / 9}
     ours = FasterRCNN(**options, ignore_crossing=False, rpn_normalisation="sampled")
     nn.init.normal_(ours.roi_heads.box_predictor.cls_score.weight, std=0.3)
     nn.init.normal_(ours.rpn.head.cls_logits.weight, std=0.3)
@@ -233,7 +264,7 @@ def test_condition_modulates_the_rpn_only_when_trained() -> None:
     assert torch.equal(head.flat(maps)[0], plain.flat(maps)[0])
     net = FasterRCNN(**SMALL, condition_channels=5)
     with pytest.raises(ValueError, match=r"\(1, 5\)"):
-        net(torch.randn(1, 3, 64, 64), torch.randn(1, 4))
+        net(torch.randn(1, 3, 64, 64), condition=torch.randn(1, 4))
 
 
 @pytest.mark.parametrize(
@@ -266,6 +297,11 @@ def test_contract(options: dict) -> None:
 def test_bad_arguments_name_the_value() -> None:
     with pytest.raises(ValueError, match="5 lists"):
         FasterRCNN(backbone="timm/test_efficientnet", anchor_sizes=[[32.0]])
+    for name in ("hidden", "rois_per_image"):
+        with pytest.raises(ValueError, match=r"hidden and rois_per_image must be >= 1 or None, got .*\b0\b"):
+            FasterRCNN(**{**SMALL, name: 0})
+    with pytest.raises(ValueError, match=r"region_beta must be >= 0 or None, got -1"):
+        FasterRCNN(**SMALL, region_beta=-1)
     with pytest.raises(ValueError, match="3 with stages=1"):
         FasterRCNN(**{**SMALL, "stages": 1})
     with pytest.raises(ValueError, match=r"\(3, 8, 8\)|4, 64"):

@@ -256,6 +256,13 @@ def test_both_stages_read_maps_of_stride_16() -> None:
     assert plain.first == plain.last
 
 
+def test_two_layers_always_have_a_box_for_each_class() -> None:
+    for per_class in (False, True):
+        net = LightHeadRCNN(**{**SMALL, "head": "heavy", "per_class": per_class})
+        classes = net.second.box_predictor.cls_score.out_features
+        assert net.second.box_predictor.bbox_pred.out_features == 4 * classes
+
+
 def test_a_thousand_objects_and_objects_of_one_pixel() -> None:
     net = LightHeadRCNN(**SMALL)
     corner = torch.rand(1000, 2) * 60

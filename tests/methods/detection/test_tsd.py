@@ -12,7 +12,7 @@ from torchive.methods.detection.tsd import TSD, TSDHead, progressive_constraint
 from torchive.methods.detection.tsd.head import SiblingHead, move
 from torchive.methods.detection.tsd.loss import shortfall
 from torchive.methods.detection.tsd.pooling import pool_bins, pool_box
-from torchive.nn.regions import WEIGHTS, Regions, region_loss
+from torchive.nn.regions import WEIGHTS, Regions, region_loss, region_maps, sample_regions
 from torchive.ops.boxes import decode_boxes, encode_boxes
 from torchive.ops.roi import pool_regions
 
@@ -305,6 +305,76 @@ def test_gradients_reach_the_shifts_by_pooling_and_by_the_targets() -> None:
             grad = getattr(net.head, part)[0].weight.grad
             assert (grad is not None and bool(grad.abs().sum() > 0)) == (part == reached), (name, part)
         assert all(p.grad is None for p in net.sibling.parameters())
+
+
+def shifted(seed: int = 0) -> TSD:
+    """A detector whose box branch moves every box by a tenth to two tenths of its sides."""
+    torch.manual_seed(seed)
+    net = TSD(**SMALL)
+    nn.init.zeros_(net.head.shift_box[2].weight)
+    net.head.shift_box[2].bias.data = torch.tensor([1.0, -2.0])
+    return net
+
+
+def test_losses_are_put_together_as_in_equations_2_and_8() -> None:
+    """TSD's box is learnt relative to the moved one, and it is TSD that the constraint measures at the sibling."""
+    net, (images, targets) = shifted().eval(), one_image()
+    torch.manual_seed(7)
+    found = net.losses(images, targets)
+    torch.manual_seed(7)
+    x, sizes = net._batch(images)
+    maps = net.backbone(x)
+    raw = net.rpn(maps)
+    expected = net.rpn.losses(raw, maps, targets, sizes)
+    regions = sample_regions(net.rpn.training_proposals(raw, maps, sizes), targets, count=64)
+    used, strides = region_maps(maps, net.strides)
+    pooled = pool_regions(used, strides, regions.boxes, regions.image)
+    plain, offsets = net.sibling(pooled)
+    expected["loss_classifier"], expected["loss_box_reg"] = region_loss(plain, offsets, regions, beta=1.0)
+    logits, deltas, moved = net.head(pooled, used, strides, regions.boxes, regions.image)
+    sides = regions.boxes[:, 2:] - regions.boxes[:, :2]
+    place = regions.boxes + (sides * torch.tensor([0.1, -0.2])).repeat(1, 2)
+    torch.testing.assert_close(moved, place)
+    expected["loss_tsd_classifier"], expected["loss_tsd_box_reg"] = region_loss(
+        logits, deltas, regions, boxes=place, beta=1.0
+    )
+    expected["constraint_classifier"], expected["constraint_box"] = progressive_constraint(
+        logits, deltas, place, plain, offsets, regions, margin=0.2
+    )
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+    sum(value for name, value in found.items() if name.startswith("constraint_")).backward()
+    assert all(parameter.grad is None for parameter in net.sibling.parameters())
+    assert net.head.class_score.weight.grad.any()
+    assert net.head.box_delta.weight.grad.any()
+
+
+def test_predicted_boxes_are_relative_to_the_moved_ones() -> None:
+    net, images = shifted().eval(), one_image()[0]
+    with torch.no_grad():
+        raw = net(images)
+        (found,) = net.predict(images, score_threshold=-1.0, nms_threshold=1.0, max_detections=1000)
+    boxes = decode_boxes(raw["box_deltas"][0].unflatten(1, (4, 4))[:, 1:], raw["moved"][0][:, None], WEIGHTS)
+    boxes, scores = boxes.clamp(0, 64), raw["class_logits"][0].softmax(1)[:, 1:]
+    there = (raw["proposal_scores"][0] >= 0)[:, None] & (boxes[..., 2:] > boxes[..., :2]).all(2)
+    rows = torch.cat([boxes, scores[..., None]], 2)[there]
+    own = torch.cat([found.boxes, found.scores[:, None]], 1)
+    assert len(own) == len(rows) > 100
+    gaps = torch.cdist(own, rows, compute_mode="donot_use_mm_for_euclid_dist")
+    assert gaps.amin(1).max() < 1e-3
+    assert gaps.amin(0).max() < 1e-3
+
+
+def test_layers_start_as_the_papers() -> None:
+    """Kaiming normal of slope one: a deviation of the inputs' number to the power of -1/2, and no bias."""
+    layers = [
+        layer for layer in TSDHead(8, 20, hidden=128, inter_channels=64).modules() if isinstance(layer, nn.Linear)
+    ]
+    assert len(layers) == 11
+    for layer in layers:
+        assert float(layer.weight.detach().std()) * layer.in_features**0.5 == pytest.approx(1, rel=0.2)
+        assert not layer.bias.any()
 
 
 def test_forms_and_their_losses() -> None:

@@ -29,8 +29,9 @@ from torchive.methods.faces.blazeface import (
     jitter,
     read_tflite,
 )
-from torchive.methods.faces.blazeface.decode import blend, shapes_of
-from torchive.methods.faces.blazeface.loss import EYES
+from torchive.methods.faces.blazeface import decode as decoding
+from torchive.methods.faces.blazeface.decode import blend, fixed_faces, shapes_of
+from torchive.methods.faces.blazeface.loss import EYES, face_sizes
 from torchive.methods.losses.focal_loss import FocalLoss
 from torchive.structures import Detections
 
@@ -218,7 +219,8 @@ def slow_losses(raw: dict[str, Tensor], boxes: list, points: list, labels: list)
             eyes = points[n][o][:2]
             size = EYES * math.sqrt((x1 - x0) * (y1 - y0))
             if all(p[2] > 0 for p in eyes):
-                size = math.dist(eyes[0][:2], eyes[1][:2])
+                size = max(math.dist(eyes[0][:2], eyes[1][:2]), 0.1 * math.sqrt((x1 - x0) * (y1 - y0)))
+            size = max(size, 1)
             code = [(x0 + x1) / 2 - cx, (y0 + y1) / 2 - cy, x1 - x0, y1 - y0]
             row = raw["deltas"][n, a].tolist()
             total["localisation"] += sum(smooth((v - c) / size) for v, c in zip(row[:4], code, strict=True))
@@ -267,6 +269,36 @@ def test_loss_and_blending_equal_slow_references(double, record) -> None:
         gap = max(gap, float((score - torch.tensor([row[column] for row in wanted])).abs().max()))
     assert gap < 1e-12
     record("blazeface", "referenced", largest_difference=gap, dtype="float64", what="matching, losses and blending")
+
+
+def test_a_face_has_a_size() -> None:
+    """Eyes that coincide, as of a profile, do not make its errors thousands."""
+    boxes = torch.tensor([[10.0, 10, 50, 50]] * 4 + [[10, 10, 11, 12]] * 2)
+    points = torch.zeros(6, 2, 3)
+    points[:4, :, 2] = 1
+    points[:, 0, :2] = 30
+    points[:, 1, :2] = 30 + torch.tensor([0.001, 0, 3, 16, 0, 0])[:, None] * torch.tensor([1, 0])
+    expected = [4, EYES * 40, 4, 16, 1, 1]
+    torch.testing.assert_close(face_sizes(boxes, points), torch.tensor(expected))
+    torch.testing.assert_close(face_sizes(boxes, points[:, :1]), torch.tensor([EYES * 40] * 4 + [1, 1]))
+    points[:, :, 2] = 1
+    assert face_sizes(boxes, points)[4:].tolist() == [1, 1]
+
+
+def test_each_box_that_is_kept_has_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where suppression's rounding keeps two that overlap by more than the threshold."""
+    monkeypatch.setattr(decoding, "keep_after_nms", lambda boxes, *_: torch.arange(len(boxes)) < 2)
+    shapes = torch.tensor([[10.0, 10, 30, 30], [10, 10, 30, 31], [10, 12, 30, 30]])
+    scores = torch.tensor([0.9, 0.8, 0.7])
+    for blending in ("top", "mean"):
+        mean, score, rows = blend(shapes, scores, torch.zeros(3), blending=blending)
+        assert rows.tolist() == [0, 1]
+        torch.testing.assert_close(mean, torch.stack([(shapes[0] * 0.9 + shapes[2] * 0.7) / 1.6, shapes[1]]))
+        assert score.isfinite().all()
+    sides = shapes[:, 2:] - shapes[:, :2]
+    deltas = torch.cat([(shapes[:, :2] + shapes[:, 2:]) / 2, sides], 1)
+    raw = {"deltas": deltas[None], "logits": scores.logit()[None, :, None], "anchors": torch.zeros(3, 4)}
+    torch.testing.assert_close(fixed_faces(raw, (64, 64))["boxes"][0, :2], mean)
 
 
 def test_laws_of_blending() -> None:
@@ -351,7 +383,7 @@ def test_depthwise_operations_against_pointwise(kernel_size: int) -> None:
 
 def test_stride_two_pads_as_tensorflow() -> None:
     """An even side of n has k - 2 zeros, the larger half at its end."""
-    for k, (start, end) in ((3, (0, 1)), (5, (1, 2)), (7, (2, 3))):
+    for k, (start, end) in ((1, (0, 0)), (3, (0, 1)), (5, (1, 2)), (7, (2, 3))):
         block = BlazeBlock(3, 3, kernel_size=k, stride=2, norm=None)
         conv = block.body[0][0]
         x = torch.randn(1, 3, 12, 16)
@@ -398,6 +430,17 @@ def test_windows_put_faces_where_they_are() -> None:
             found.append(Detections(box, torch.ones(count).long(), torch.ones(count), keypoints=box.view(-1, 2, 2)))
         return found
 
+    def two(windows: Tensor) -> list[Detections]:
+        """A good face beside a weak one that it is averaged with, and one in between."""
+        boxes = torch.tensor([[1.0, 1, 9, 9], [1, 1, 9, 8], [20, 20, 30, 30]])
+        scores = torch.tensor([0.9, 0.1, 0.6])
+        return [Detections(boxes, torch.tensor([1, 1, 2]), scores, keypoints=boxes.view(3, 2, 2))] * len(windows)
+
+    found = detect_in_windows(two, image[:, :40, :40], 40, blending="mean")
+    torch.testing.assert_close(found.scores, torch.tensor([0.6, 0.5]))
+    assert found.labels.tolist() == [2, 1]
+    torch.testing.assert_close(found.boxes[0], torch.tensor([20.0, 20, 30, 30]))
+    torch.testing.assert_close(found.keypoints[0].flatten(), found.boxes[0])
     found = detect_in_windows(detect, image, 40)
     torch.testing.assert_close(found.boxes, torch.tensor([[70.0, 50, 80, 60]]))
     torch.testing.assert_close(found.keypoints.flatten(), torch.tensor([70.0, 50, 80, 60]))

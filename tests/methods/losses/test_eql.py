@@ -23,6 +23,7 @@ from torchive.methods.losses.eql import (
     tail_threshold,
 )
 from torchive.methods.losses.focal_loss import FocalLoss
+from torchive.methods.losses.iou_balanced_loss import balance_losses
 from torchive.methods.training.decoupling import Decoupling, shot_accuracy
 from torchive.nn.prior import init_classifier
 from torchive.nn.sigmoid_classes import SigmoidRegionLoss
@@ -168,6 +169,34 @@ def test_the_threshold_keeps_the_tail_ratio():
     assert EqualizationLoss(class_counts=COUNTS, threshold=0.1, total=100_000).rare.all()
 
 
+def test_the_threshold_of_lvis_is_a_share_of_the_images():
+    """Of 57,000 images those classes are rare that at most 100 hold; the counts' sum is nine times as many."""
+    counts = [50_000] * 10 + [2000, 300, 101, 100, 8]
+    rare = [False] * 13 + [True] * 2
+    for loss in (
+        EqualizationLoss.preset("lvis", counts, total=57_000),
+        EqualizationLoss.preset("lvis", (counts, 57_000)),
+    ):
+        assert loss.rare.tolist() == rare
+        assert loss.threshold == PRESETS["lvis"]["threshold"]
+        assert float(loss.frequency[12]) == pytest.approx(101 / 57_000)
+    assert EqualizationLoss.preset("cifar100-lt", [500, 1]).rare.tolist() == [False, True]
+    options = {"weights": None, "weights_backbone": None, "num_classes": 16}
+    make = detection.fasterrcnn_mobilenet_v3_large_320_fpn
+    model = equalize(make(**options), (counts, 57_000), threshold=1.77e-3)
+    assert model.roi_heads.region_loss.loss.rare.tolist() == rare
+    with pytest.raises(ValueError, match=r"a threshold of 0.00177 is a share of the images: expected their number"):
+        equalize(make(**options), counts, threshold=1.77e-3)
+
+
+@pytest.mark.parametrize("variant", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8])
+def test_classes_of_any_integers(variant: str, kind: torch.dtype):
+    loss = EqualizationLoss(class_counts=COUNTS, variant=variant, gamma=1.0)
+    x, y = torch.randn(9, K), torch.arange(9) % K
+    assert torch.equal(loss(x, y.to(kind)), loss(x, y))
+
+
 def test_images_are_counted_not_instances(tmp_path):
     content = {
         "images": [{"id": i} for i in (1, 2, 3, 4)],
@@ -220,6 +249,23 @@ def test_in_torchvisions_detectors() -> None:
         equalize(detection.fasterrcnn_mobilenet_v3_large_320_fpn(**options), [*counts, 1])
     with pytest.raises(TypeError, match="got RetinaNet"):
         equalize(detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None), counts)
+
+
+def test_a_second_exchange_is_refused() -> None:
+    """Either loss would silently undo the other: sigmoids under a softmax's loss, or no balanced loss."""
+    options = {"weights": None, "weights_backbone": None, "num_classes": 3}
+    make = detection.fasterrcnn_mobilenet_v3_large_320_fpn
+    model = equalize(make(**options), [5, 1])
+    with pytest.raises(ValueError, match=r"already has a SigmoidRegionLoss.*build the model anew"):
+        balance_losses(model)
+    with pytest.raises(TypeError, match="FastRCNNPredictor in the second stage, got SigmoidPredictor"):
+        equalize(model, [5, 1])
+    assert isinstance(model.roi_heads.region_loss, SigmoidRegionLoss)
+    model = balance_losses(make(**options))
+    predictor = model.roi_heads.box_predictor
+    with pytest.raises(ValueError, match=r"already has a BalancedRegionLoss.*build the model anew"):
+        equalize(model, [5, 1])
+    assert model.roi_heads.box_predictor is predictor
 
 
 def test_in_the_faster_rcnn_of_this_package() -> None:
@@ -289,7 +335,8 @@ def test_bad_arguments_are_named():
             EqualizationLoss(**{"class_counts": COUNTS, **options})
     with pytest.raises(ValueError, match="voc"):
         EqualizationLoss.preset("voc", COUNTS)
-    assert EqualizationLoss.preset("lvis", COUNTS).threshold == PRESETS["lvis"]["threshold"]
+    with pytest.raises(ValueError, match="threshold of lvis is a share of the images: expected their number, total"):
+        EqualizationLoss.preset("lvis", COUNTS)
     loss = EqualizationLoss(class_counts=COUNTS)
     with pytest.raises(ValueError, match=r"\(N, 6\) and N truths, got \(4, 5\)"):
         loss(torch.randn(4, 5), torch.zeros(4, dtype=torch.long))

@@ -170,6 +170,7 @@ def test_powers_of_zero_are_focal_loss_and_smooth_l1() -> None:
     codes, targets = torch.randn(30, 4), torch.randn(30, 4)
     plain = F.smooth_l1_loss(codes, targets, beta=0.11, reduction="sum")
     assert torch.equal(iou_balanced_localisation(codes, targets, ious, power=0), plain)
+    assert torch.equal(iou_balanced_classification(x, y.to(torch.uint8), ious, eta=0), focal)
     labels = torch.randint(0, K, (30,))
     ce = F.cross_entropy(x, labels, reduction="sum")
     torch.testing.assert_close(iou_balanced_classification(x, labels, ious, eta=0, variant="softmax"), ce)
@@ -232,7 +233,7 @@ def test_without_positives_the_negatives_alone_count() -> None:
 
 
 def test_the_weight_of_the_boxes_is_found_on_the_first_batch() -> None:
-    d, t = torch.randn(30, 4) * 0.3, torch.randn(30, 4) * 0.3
+    d, t = torch.randn(64, 4) * 0.3, torch.randn(64, 4) * 0.3
     plain = F.smooth_l1_loss(d, t, beta=0.11, reduction="sum")
     loss = IoUBalancedLocalisation(reduction="sum")
     assert torch.allclose(loss(d, t), plain)
@@ -249,6 +250,51 @@ def test_the_weight_of_the_boxes_is_found_on_the_first_batch() -> None:
     far = IoUBalancedLocalisation()
     far(d + 100, t)
     assert float(far.loss_weight) == 0  # nothing overlaps: the next batch will tell
+    far(d, t)
+    assert far.loss_weight == found
+
+
+def test_few_positives_do_not_settle_the_weight() -> None:
+    """It follows the sums of the first batches until 64 positives were seen, also after a resumption."""
+    d, t = torch.randn(100, 4) * 0.3, torch.randn(100, 4) * 0.3
+    loss = IoUBalancedLocalisation(reduction="sum")
+    for start, end in ((0, 3), (3, 40), (40, 70), (70, 100)):
+        other = IoUBalancedLocalisation(reduction="sum")
+        other.load_state_dict(loss.state_dict())
+        loss = other
+        found = loss(d[start:end], t[start:end])
+        expected = matching_weight(d[: min(end, 70)], t[: min(end, 70)])
+        torch.testing.assert_close(loss.loss_weight, expected)
+        torch.testing.assert_close(found, iou_balanced_localisation(d[start:end], t[start:end], loss_weight=expected))
+    assert "found on 70 boxes, at most 10" in repr(loss)
+    evaluated = IoUBalancedLocalisation().eval()
+    evaluated(d, t)
+    assert float(evaluated.loss_weight) == float(evaluated.seen.sum()) == 0
+
+
+def test_a_weight_is_no_more_than_ten() -> None:
+    """One small object of almost no overlap asks for a weight of hundreds, which would last."""
+    d, t = torch.tensor([[0.0, 0, 0, 0]]), torch.tensor([[0.97, 0, 0, 0]])
+    assert float(matching_weight(d, t)) > 100
+    loss = IoUBalancedLocalisation(reduction="sum")
+    with pytest.warns(UserWarning, match=r"the first 1 boxes overlap .* so little .* 10 is taken, see loss_weight"):
+        found = loss(d, t)
+    assert float(loss.loss_weight) == 10
+    torch.testing.assert_close(found, 10 * iou_balanced_localisation(d, t))
+    loss(torch.randn(80, 4) * 0.1, torch.randn(80, 4) * 0.1)
+    assert 1 < float(loss.loss_weight) < 4  # what came after counts as well
+
+
+def test_the_second_stages_code_is_the_usual_one() -> None:
+    """The overlaps of codes in units of 0.1 and 0.2 are not those of plain ones."""
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 1, 0, 2])
+    deltas, codes = torch.randn(6, 12), torch.randn(6, 4) * 2
+    given = {"reduction": "none", "loss_weight": 1.0}
+    own = BalancedRegionLoss(1.5, IoUBalancedLocalisation(**given))(logits, deltas, labels, codes)
+    said = IoUBalancedLocalisation(**given, box_weights=(10.0, 10.0, 5.0, 5.0))
+    assert own == BalancedRegionLoss(1.5, said)(logits, deltas, labels, codes)
+    said = IoUBalancedLocalisation(**given, box_weights=(1.0, 1.0, 1.0, 1.0))
+    assert own[1] != BalancedRegionLoss(1.5, said)(logits, deltas, labels, codes)[1]
 
 
 def test_the_localisation_keeps_the_laws_of_a_loss() -> None:
@@ -299,10 +345,10 @@ def test_in_torchvisions_detectors(name: str) -> None:
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-7)
 
-    before = list(theirs.state_dict())
+    before, untouched = list(theirs.state_dict()), copy.deepcopy(theirs)
     model = balance_losses(theirs)
     assert model is theirs
-    assert [k for k in model.state_dict() if not k.endswith("loss_weight")] == before
+    assert [k for k in model.state_dict() if not k.endswith(("loss_weight", "seen"))] == before
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert again.state_dict().keys() == model.state_dict().keys()
     losses = one_pass(model, TARGETS)
@@ -311,7 +357,7 @@ def test_in_torchvisions_detectors(name: str) -> None:
     sum(losses.values()).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     # the first batch's weight makes the sum the plain one, and the classification's sum never changes
-    reference = one_pass(balance_losses(copy.deepcopy(model), eta=0, power=0, loss_weight=1), TARGETS)
+    reference = one_pass(balance_losses(untouched, eta=0, power=0, loss_weight=1), TARGETS)
     torch.testing.assert_close(losses[box], reference[box], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(losses[classes], reference[classes], rtol=1e-3, atol=1e-6)
     heads = {n: p for n, p in model.named_parameters() if any(part in n for part in ("regression", "bbox_"))}
@@ -321,9 +367,31 @@ def test_in_torchvisions_detectors(name: str) -> None:
     assert isinstance(model.eval()([torch.rand(3, 96, 96)])[0]["boxes"], Tensor)
 
 
+@pytest.mark.parametrize("name", ["retinanet", "ssd", "faster_rcnn"])
+def test_a_second_exchange_is_refused(name: str) -> None:
+    model = balance_losses(small_model(name))
+    with pytest.raises(ValueError, match=r"already has an? .*Balanced.*build the model anew"):
+        balance_losses(model)
+
+
 def test_another_model_is_refused() -> None:
     with pytest.raises(TypeError, match="expected torchvision's RetinaNet, SSD or FasterRCNN, got Linear"):
         balance_losses(nn.Linear(2, 2))
+
+
+def test_a_users_own_head_keeps_what_it_overrides() -> None:
+    class OwnHead(detection.retinanet.RetinaNetHead):
+        pass
+
+    class OwnSSD(detection.ssd.SSD):
+        pass
+
+    model = small_model("retinanet")
+    model.head.__class__ = OwnHead
+    with pytest.raises(TypeError, match="got OwnHead"):
+        balance_losses(model)
+    with pytest.raises(TypeError, match="got OwnSSD"):
+        balance_losses(OwnSSD.__new__(OwnSSD))
 
 
 def test_in_the_retinanet_of_this_package() -> None:

@@ -270,10 +270,12 @@ def test_upsampling_keeps_a_ramp_and_its_places(double) -> None:
 
 
 def test_true_masks_are_read_at_the_centres_of_cells() -> None:
-    masks = torch.arange(2 * 10 * 13).view(2, 10, 13)
-    found = sampled_masks(masks, torch.tensor([1]), 4, (16, 16))
-    expected = F.pad(masks, (0, 3, 0, 6))[1:, 2::4, 2::4]
-    assert torch.equal(found, expected)
+    masks = torch.randint(0, 3, (4, 10, 13))
+    expected = F.pad(masks, (0, 3, 0, 6))[:, 2::4, 2::4] > 0
+    assert 3 < expected.sum() < 30
+    assert torch.equal(sampled_masks(masks, None, 4, (16, 16)), expected)
+    for rows in (torch.tensor([2]), torch.tensor([3, 0, 0, 1, 2, 3])):
+        assert torch.equal(sampled_masks(masks, rows, 4, (16, 16)), expected[rows])
 
 
 def test_locations_are_spread_over_theobjects() -> None:
@@ -336,7 +338,7 @@ def test_pixels_of_crowds_cost_the_semantic_branch_nothing(double) -> None:
     p = logits.detach()[0].sigmoid()
     costs = -0.75 * p**2 * (1 - p).log()
     costs[1, 0, 0] = -0.25 * (1 - p[1, 0, 0]) ** 2 * p[1, 0, 0].log()
-    assert float(found) == pytest.approx(float(costs[:, expected != 255].sum()), rel=1e-12)
+    assert found.item() == pytest.approx(costs[:, expected != 255].sum().item(), rel=1e-12)
 
 
 def test_masks_are_compared_where_they_are_read(objects) -> None:

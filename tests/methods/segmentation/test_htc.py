@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN
 from torchvision.ops import MultiScaleRoIAlign
 
 from torchive.engine.export import OnnxModel, write_onnx
-from torchive.methods.segmentation.htc import HTC, FusedSemanticBranch, MaskCascade
+from torchive.methods.segmentation.htc import HTC, FusedSemanticBranch, MaskCascade, model
+from torchive.nn.box_cascade import kept_proposals
+from torchive.nn.mask_head import mask_targets, positive_regions
 from torchive.protocols import Level
 
 SIZES = [[8.0], [16.0], [32.0], [64.0], [128.0]]
@@ -320,6 +323,7 @@ def objects(size: int, seed: int) -> tuple[list[Tensor], list[dict[str, Tensor]]
         {"mask_flow": False},
         {"semantic": False},
         {"semantic_into": ("mask",)},
+        {"semantic_into": ()},
         {"image_size": 96, "stages": 2, "mask_from": "last"},
         MASK_R_CNN,
     ],
@@ -337,6 +341,49 @@ def test_switches(options: dict) -> None:
         assert found.masks.dtype == torch.bool
         assert len(found) > 0
         assert (found.scores.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_masks_learn_the_boxes_of_their_stage(interleaved: bool, monkeypatch) -> None:
+    """Interleaved, from regions drawn anew of the boxes just refined (section 3.1); otherwise from the box stage's."""
+    net = HTC(**SMALL, interleaved=interleaved)
+    drawn: list = []
+    sample, learn = net.boxes.sample, net.boxes.learn
+    refined: list = []
+    learnt: list = []
+    monkeypatch.setattr(net.boxes, "sample", lambda *given: drawn.append((given, sample(*given))) or drawn[-1][1])
+    monkeypatch.setattr(net.boxes, "learn", lambda *given: refined.append(learn(*given)[1]) or ({}, refined[-1]))
+    monkeypatch.setattr(
+        model, "mask_targets", lambda regions, *rest: learnt.append(regions) or mask_targets(regions, *rest)
+    )
+    net.losses(*objects(64, 0))
+    assert len(drawn) == (6 if interleaved else 3)
+    for t, regions in enumerate(learnt):
+        of_boxes, of_masks = drawn[2 * t if interleaved else t], drawn[2 * t + 1 if interleaved else t]
+        assert torch.equal(regions.boxes, positive_regions(of_masks[1]).boxes)
+        if interleaved:
+            kept = kept_proposals(of_boxes[1], refined[t], 4)
+            assert of_masks[0][0] == t
+            assert all(torch.equal(a, b) for a, b in zip(of_masks[0][1], kept, strict=True))
+
+
+@pytest.mark.parametrize("into", [(), ("box",), ("mask",), ("box", "mask")])
+def test_context_goes_where_it_is_named(into: tuple[str, ...]) -> None:
+    """Regions' features change with the embedding where ``semantic_into`` names them; unnamed, it is not built."""
+    net = HTC(**SMALL, semantic_into=into)
+    with torch.no_grad():
+        features, raw = net._features(torch.rand(1, 3, 64, 64))
+    assert raw["semantic_logits"].shape[1] == 4
+    assert (features.embedding is None) == (net.semantic.embedding is None) == (not into)
+    plain = replace(features, into=())
+    louder = features if not into else replace(features, embedding=features.embedding + 1)
+    boxes, image = torch.tensor([[4.0, 6, 40, 50], [10, 2, 30, 60]]), torch.zeros(2, dtype=torch.int64)
+    for name in ("box", "mask"):
+        pooled, without, more = (
+            getattr(f, "for_boxes" if name == "box" else "for_masks")(boxes, image) for f in (features, plain, louder)
+        )
+        assert torch.equal(pooled, without) == (name not in into)
+        torch.testing.assert_close(more, pooled + (name in into))
 
 
 @pytest.mark.parametrize("count", [0, 1000])
@@ -373,6 +420,10 @@ def test_what_is_refused() -> None:
         with pytest.raises(ValueError, match=words):
             HTC(**{**SMALL, **options})
     images, targets = objects(64, 0)
+    targets[1]["semantic"] = torch.full((64, 64), 255)
+    targets[1]["semantic"][8:40, 8:40] = 4
+    with pytest.raises(ValueError, match="target 1: semantic maps must hold 0 to 3 and 255, got 4"):
+        HTC(**SMALL).losses(images, targets)
     del targets[2]["masks"]
     with pytest.raises(ValueError, match="target 2: expected masks beside the boxes, got boxes, labels"):
         HTC(**SMALL).losses(images, targets)

@@ -328,6 +328,64 @@ def test_connected_pieces_are_the_baseline() -> None:
         pieces.instances(perfect_logits(truth, encoding, 1), bias=1.0)
 
 
+def test_an_objects_depth_is_the_median_of_its_visible_pixels() -> None:
+    """From a map of depth, with holes of 0 and NaN; where an object has no measured pixel its size stands in."""
+    encoding = Encoding(depths=9, depth_range=(2.0, 40.0), object_size=64.0)
+    masks = torch.zeros(5, 24, 30, dtype=torch.uint8)
+    masks[0, 2:12, 2:14], masks[1, 6:20, 10:22], masks[2, 20:24, 0:6], masks[3, 1:4, 20:28] = 1, 1, 1, 1
+    masks[4, 12:18, 0:6] = 1
+    draw = torch.Generator().manual_seed(0)
+    depth = 1 + 50 * torch.rand(24, 30, generator=draw) ** 2
+    depth *= torch.tensor([1.0, 0.2, 0.6, 1.0, 0.05, 1.0])[visible_ids(masks)]  # objects at distances of their own
+    depth[torch.rand(24, 30, generator=draw) < 0.3] = 0
+    depth[1, 20:24] = math.nan
+    depth[20:24, 0:6] = 0  # the third object was not measured
+    target = target_of(masks, iscrowd=torch.tensor([0, 0, 0, 0, 1]))
+    found = encode({**target, "depth": depth}, (24, 30), encoding)["depth"]
+    ids = visible_ids(masks)
+    wanted = []
+    for k in range(1, 5):
+        values = sorted(v for v in depth[ids == k].tolist() if v > 0)
+        own = encoding.object_size / math.sqrt(int((ids == k).sum()))
+        wanted.append(values[(len(values) - 1) // 2] if values else own)
+        bins = int(depth_classes(torch.tensor(wanted[-1]), encoding.edges)) + 1
+        assert found[ids == k].unique().tolist() == [bins]
+    assert found[ids == 5].unique().tolist() == [255]
+    given = encode({**target, "depth": torch.tensor([*wanted, 1.0])}, (24, 30), encoding)["depth"]
+    assert torch.equal(found, given)
+    assert len(given.unique()) > 4
+    nothing = encode({**target_of(masks[:0]), "depth": depth}, (24, 30), encoding)["depth"]
+    assert not nothing.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"directions": 0}])
+def test_losses_of_padded_images_are_those_of_their_pixels(options: dict[str, int], objects) -> None:
+    """Two sizes in one batch: what is padded counts nowhere, each pixel of the images once."""
+    net = InstanceDepthDirection(**{**SMALL, **options}).eval()
+    sizes = [(40, 70), (64, 33)]
+    images = [torch.rand(3, *size) for size in sizes]
+    targets = [objects(3, size, 8, 25) for size in sizes]
+    targets[1]["depth"] = torch.rand(64, 33) * 20
+    with torch.no_grad():
+        raw, found = net(images), net.losses(images, targets)
+    assert raw["semantic"].shape[2:] == (64, 96)
+    sums = dict.fromkeys(raw, 0.0)
+    counts = dict.fromkeys(raw, 0)
+    for k, (target, (height, width)) in enumerate(zip(targets, sizes, strict=True)):
+        truth = encode(target, (height, width), net.encoding)
+        for name, value in raw.items():
+            logits = value[k, :, :height, :width].double()
+            if name in truth:
+                sums[name] += F.cross_entropy(logits[None], truth[name][None], reduction="sum").item()
+                counts[name] += height * width
+            else:
+                there = truth["vectors"].abs().sum(0) > 0
+                sums[name] += (logits - truth["vectors"])[:, there].abs().sum().item()
+                counts[name] += 2 * int(there.sum())
+    for name, value in found.items():
+        assert value.item() == pytest.approx(sums[name] / counts[name], rel=1e-5)
+
+
 def test_template_aspects_are_the_class_means() -> None:
     boxes = torch.tensor([[0.0, 0, 10, 20], [0, 0, 10, 5], [5, 5, 9, 21]])
     target = {"boxes": boxes, "labels": torch.tensor([1, 1, 3])}
@@ -523,5 +581,12 @@ def test_what_is_refused(objects) -> None:
     target = objects(2, (64, 64), 20, 40)
     with pytest.raises(ValueError, match="target 0: expected masks beside the boxes, got boxes, labels"):
         net.losses([torch.rand(3, 64, 64)], [{k: v for k, v in target.items() if k != "masks"}])
-    with pytest.raises(ValueError, match="target 0: expected 2 depths above zero"):
-        net.losses([torch.rand(3, 64, 64)], [{**target, "depth": torch.tensor([1.0, 0.0])}])
+    wanted = r"target 0: expected depth \(2,\) of the objects, all above zero, or \(64, 64\) of the pixels, got "
+    for depth, words in (
+        (torch.tensor([1.0, 0.0]), "1 of 2 that are not"),
+        (torch.tensor([math.nan, 0.0]), "2 of 2 that are not"),
+        (torch.ones(3), r"\(3,\)"),
+        (torch.ones(64, 60), r"\(64, 60\)"),
+    ):
+        with pytest.raises(ValueError, match=f"{wanted}{words}$"):
+            net.losses([torch.rand(3, 64, 64)], [{**target, "depth": depth}])

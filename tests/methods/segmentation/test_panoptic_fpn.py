@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -175,6 +178,92 @@ def test_contract(options: dict) -> None:
         assert set(found.panoptic.ids.unique().tolist()) - {0} == {s.id for s in found.panoptic.segments}
         stuff = {s.category for s in found.panoptic.segments if not s.isthing}
         assert stuff <= ({0, 3} if options.get("background", True) else {3})
+
+
+def slow_resized(plane: list[list[float]], height: int, width: int, y: int, x: int) -> float:
+    """The value of a plane, as it is enlarged bilinearly to (height, width) by the pixels' centres, at a pixel."""
+
+    def near(k: int, new: int, old: int) -> list[tuple[int, float]]:
+        place = min(max((k + 0.5) * old / new - 0.5, 0.0), old - 1.0)
+        low = min(int(place), old - 1)
+        return [(low, 1 - (place - low)), (min(low + 1, old - 1), place - low)]
+
+    rows, columns = near(y, height, len(plane)), near(x, width, len(plane[0]))
+    return sum(a * b * plane[i][j] for i, a in rows for j, b in columns)
+
+
+def test_semantic_loss_equals_a_loop_over_pixels(double) -> None:
+    """Two images of odd sizes, padded to 32, with pixels of 255: the logits are enlarged to the batch's pixels."""
+    net = PanopticFPN(**SMALL, stuff_classes=1, semantic_weight=0.7).eval()
+    nn.init.normal_(net.semantic.logits.weight)
+    sizes = [(37, 29), (21, 31)]
+    images = [torch.rand(3, *size) for size in sizes]
+    targets = []
+    for size in sizes:
+        semantic = torch.randint(0, 4, size)
+        semantic[:5, 3:9] = 255
+        none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, *size)}
+        targets.append({**none, "semantic": semantic})
+    with torch.no_grad():
+        found = net.losses(images, targets)["loss_semantic"].item()
+        logits = net(images)["semantic_logits"]
+    assert logits.shape == (2, 3, 16, 8)
+    channel = {0: 1, 1: 0, 2: 0, 3: 2}
+    total, count = 0.0, 0
+    for planes, target, (height, width) in zip(logits.tolist(), targets, sizes, strict=True):
+        for y, x in itertools.product(range(height), range(width)):
+            category = int(target["semantic"][y, x])
+            if category != 255:
+                values = [slow_resized(plane, 64, 32, y, x) for plane in planes]
+                total += math.log(sum(math.exp(v) for v in values)) - values[channel[category]]
+                count += 1
+    assert found == pytest.approx(0.7 * total / count, abs=1e-12)
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_given_logits_give_a_known_map(resized: bool) -> None:
+    """Stuff that parts at column 21, things from row 33 on, an object over all; half as large with ``image_size``.
+
+    Neither border lies between cells: slopes must be read at the pixels' centres.
+    """
+    net = PanopticFPN(**{**SMALL, "stuff_area": 1}, stuff_classes=1, image_size=20 if resized else None)
+    size, scale = (40, 52), 2 if resized else 1
+    cells = 64 // 4 // scale
+    logits = torch.zeros(1, 3, cells, cells)  # things, background, stuff of category 3
+    place = (torch.arange(cells) + 0.5) * 4 * scale  # of the cells' centres, in pixels of the image
+    logits[0, 1], logits[0, 2] = 21 - place, place - 21
+    logits[0, 0] = 200 * (place - 33)[:, None]
+    raw = {
+        "boxes": torch.tensor([[[16.0, 8, 32, 24], [0, 0, 1, 1]]]) / scale,
+        "labels": torch.tensor([[2, 1]]),
+        "scores": torch.tensor([[0.9, -1.0]]),
+        "masks": torch.ones(1, 2, 28, 28),
+        "semantic_logits": logits,
+        "sizes": torch.tensor([[40.0 / scale, 52.0 / scale]]),
+    }
+    (found,) = net.decode(raw, [size])
+    expected = torch.full(size, 2, dtype=torch.int32)  # background is the second segment, category 3 the third
+    expected[:, 21:] = 3
+    expected[33:] = 0  # things of the semantic branch are never given out
+    expected[8:24, 16:32] = 1
+    assert torch.equal(found.panoptic.ids, expected)
+    assert [(s.id, s.category, s.isthing) for s in found.panoptic.segments] == [
+        (1, 2, True),
+        (2, 0, False),
+        (3, 3, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("width", "groups"), [(128, 32), (256, 32), (64, 16), (48, 8), (36, 4), (32, 8), (8, 2), (3, 1)]
+)
+def test_a_map_of_one_cell_is_normalised(width: int, groups: int) -> None:
+    """Groups of four channels at least, the paper's 32 of 128; 32 pixels are one cell of the coarsest map."""
+    net = PanopticFPN(**{**SMALL, "width": width})
+    norms = [m for m in net.semantic.modules() if isinstance(m, nn.GroupNorm)]
+    assert {norm.num_groups for norm in norms} == {groups}
+    if width <= 32:
+        assert net.eval()(torch.rand(1, 3, 32, 32))["semantic_logits"].isfinite().all()
 
 
 def test_classes_of_the_semantic_branch() -> None:

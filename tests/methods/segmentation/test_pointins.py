@@ -26,6 +26,7 @@ SMALL = {
     "hidden": 8,
 }
 DETECTORS = ({"detector": "fcos"}, {"detector": "retinanet", "anchor_sizes": [[s] for s in (16, 24, 32, 48, 64)]})
+TWO_ANCHORS = {"detector": "retinanet", "anchor_sizes": [[s, s + 6] for s in (16, 24, 32, 48, 64)]}
 
 
 def slow_mask(head: InstanceAwareHead, feature: list[float], box: list[float]) -> list[list[float]]:
@@ -178,13 +179,23 @@ def test_a_full_mask_fills_its_box() -> None:
     assert pasted.sum((1, 2)).tolist() == [37 * 26, 50 * 60, 1, 12 * 16]
 
 
-@pytest.mark.parametrize("reference", ["truth", "predicted"])
-@pytest.mark.parametrize("mask_loss", ["bce", "dice"])
-def test_mask_loss_equals_a_loop(reference: str, mask_loss: str, objects) -> None:
+@pytest.mark.parametrize(
+    ("reference", "mask_loss", "options"),
+    [
+        *((reference, loss, DETECTORS[0]) for reference in ("truth", "predicted") for loss in ("bce", "dice")),
+        *((reference, "bce", TWO_ANCHORS) for reference in ("truth", "predicted")),
+    ],
+)
+def test_mask_loss_equals_a_loop(reference: str, mask_loss: str, options: dict, objects) -> None:
     torch.manual_seed(4)
-    net = PointINS(**SMALL, reference=reference, mask_loss=mask_loss, masks_per_image=10_000)
+    net = PointINS(**SMALL, **options, reference=reference, mask_loss=mask_loss, masks_per_image=10_000)
+    fcos = options["detector"] == "fcos"
+    per_cell, cue = (1, "distances") if fcos else (6, "deltas")  # two sizes in three shapes
     with torch.no_grad():
-        net.detector.head.distances.bias.fill_(1.0)
+        for layer in (net.mask_head.template, net.mask_head.predictor[3]):
+            layer.weight.mul_(30)  # masks that differ from cell to cell
+        if fcos:
+            net.detector.head.distances.bias.fill_(1.0)
     targets = [objects(5, (64, 96), 10, 40), objects(0, (64, 96), 1, 1), objects(3, (64, 96), 10, 40)]
     images = torch.rand(3, 3, 64, 96)
     found = net.losses(images, targets)["mask"].item()
@@ -195,11 +206,42 @@ def test_mask_loss_equals_a_loop(reference: str, mask_loss: str, objects) -> Non
         object_ = match[k, row].view(1)
         box = targets[k]["boxes"][object_] if reference == "truth" else boxes[k, row][None].detach()
         truth = crop_masks(targets[k]["masks"], object_, box, 8)
-        logits = net.mask_head(raw["features"][k, row][None], raw["distances"][k, row][None])
+        logits = net.mask_head(raw["features"][k, row // per_cell][None], raw[cue][k, row][None])
         bce = -(truth * F.logsigmoid(logits) + (1 - truth) * F.logsigmoid(-logits)).mean()
         each.append(float(bce if mask_loss == "bce" else mask_dice(logits.sigmoid(), truth)))
     assert len(each) > 8
     assert found == pytest.approx(math.fsum(each) / len(each), rel=1e-5)
+
+
+@pytest.mark.parametrize("options", DETECTORS)
+@pytest.mark.parametrize("reference", ["truth", "predicted"])
+def test_masks_do_not_move_the_boxes(reference: str, options: dict, objects) -> None:
+    """The mask's loss leaves the detector without a gradient, whatever its boxes are used for."""
+    net = PointINS(**SMALL, **options, reference=reference)
+    if reference == "predicted" and options["detector"] == "fcos":
+        net.detector.head.distances.bias.data.fill_(1.0)
+    net.losses(torch.rand(1, 3, 64, 96), [objects(5, (64, 96), 10, 40)])["mask"].backward()
+    assert all(p.grad is None or not p.grad.any() for p in net.detector.parameters())
+    assert all(p.grad.any() for p in net.mask_head.generator.parameters())
+
+
+@pytest.mark.parametrize(("options", "threshold"), [(DETECTORS[0], 0.6), (DETECTORS[1], 0.5)])
+def test_overlaps_are_suppressed_as_the_detector_does(options: dict, threshold: float) -> None:
+    torch.manual_seed(3)
+    net, image = PointINS(**SMALL, **options).eval(), torch.rand(1, 3, 64, 96)
+    assert net.thresholds == {"nms_threshold": threshold}
+    if options["detector"] == "fcos":
+        net.detector.head.distances.bias.data.fill_(1.7)  # neighbours overlap by 0.55
+    with torch.no_grad():
+        raw = net(image)
+        usual = net.predict(image, score_threshold=0.0, max_detections=1000)[0]
+        counts = {}
+        for given in (0.5, 0.6, None):
+            counts[given] = len(
+                net.decode(raw, [(64, 96)], score_threshold=0.0, max_detections=1000, nms_threshold=given)[0]
+            )
+    assert counts[0.5] != counts[0.6]
+    assert counts[threshold] == counts[None] == len(usual)
 
 
 def test_as_many_masks_as_allowed(monkeypatch, objects) -> None:

@@ -315,6 +315,7 @@ def _case(kind: str) -> tuple[SimCLR, Tensor]:
     return method, torch.rand(5, 2, 3, 8, 8, dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
     """Loss, every gradient as DistributedDataParallel averages it, and running statistics; shares of 3 and 2 images."""
     kinds = ["nt-xent", "triplet"]

@@ -11,7 +11,7 @@ from torchive.data.images import is_image
 from torchive.data.readers.coco import read_coco
 from torchive.data.readers.deepfashion2 import read_deepfashion2
 from torchive.data.readers.folder import read_folder
-from torchive.data.readers.index import Index
+from torchive.data.readers.index import Index, Objects
 from torchive.data.readers.masks import read_masks
 from torchive.data.readers.panoptic import read_panoptic
 from torchive.data.readers.table import read_table
@@ -108,28 +108,47 @@ def _images_beside(annotations: Path) -> Path:
 
 
 def read_index(source: Source, splits: tuple[str, ...]) -> Index:
-    """The index of a source; where each split has its own paths, of all that exist together."""
+    """The index of a source; where each split has its own paths, of all that exist together.
+
+    These have masks where all splits have that hold an object; a note names each that keeps them from it.
+    """
     reader = _READERS[source.kind][1]
     if not source.by_split:
         return _read(reader, [Path(path).expanduser() for path in source.paths])
     whole: Index | None = None
+    parts: list[Index] = []
     for split in splits:
         paths = [Path(path).expanduser() for path in source.of(split).paths]
         if not all(path.exists() for path in paths):
             continue
         part = _read(reader, paths)
+        parts.append(part)
         if whole is None:
-            whole = Index(part.task, part.classes, masks=part.masks, channels=part.channels, stuff=part.stuff)
+            whole = Index(part.task, part.classes, channels=part.channels, stuff=part.stuff)
         own, others = ((*index.classes, *index.stuff) for index in (part, whole))
         if part.classes and own != others:
             raise DataError(f"{paths[0]}: its classes {own} are not those of the other splits {others}")
         whole.records += [replace(entry, id=f"{split}/{entry.id}", split=split) for entry in part.records]
         whole.faults += [replace(f, sample=f.sample and f"{split}/{f.sample}") for f in part.faults]
         whole.files += part.files
-        whole.masks = whole.masks and part.masks
+        whole.notes += part.notes
     if whole is None:
         raise DataError(f"{source.paths[0]}: exists for none of {', '.join(splits)}")
+    masked = any(part.masks for part in parts)
+    lacking = [part for part in parts if not part.masks and _objects(part)]
+    whole.masks = masked and not lacking
+    if masked:
+        whole.notes += [
+            f"{part.files[0]}: not all of its objects have a segmentation, so that the other splits count as boxes "
+            "without masks, too"
+            for part in lacking
+        ]
     return whole
+
+
+def _objects(index: Index) -> bool:
+    """Whether there is any object, crowds apart, that could have a mask."""
+    return any(isinstance(entry.target, Objects) and not all(entry.target.crowd) for entry in index.records)
 
 
 def _read(reader: Callable[..., Index], paths: list[Path]) -> Index:

@@ -82,7 +82,7 @@ def detection_scores(logits: Tensor) -> Tensor:
 
 def equalize(
     model: nn.Module,
-    class_counts: Sequence[int],
+    class_counts: Sequence[int] | tuple[Sequence[int], int],
     *,
     threshold: float | None = None,
     tail_share: float = 0.1,
@@ -98,17 +98,24 @@ def equalize(
 
     Args:
         model: with K + 1 classes, the background among them.
-        class_counts: of the K classes; how many images hold each (``image_counts``).
-        threshold, tail_share, total: as of ``EqualizationLoss``.
+        class_counts: of the K classes; how many images hold each; or what ``image_counts`` gives, with the ``total``.
+        threshold, tail_share, total: as of ``EqualizationLoss``; a threshold needs the number of images.
         prior: score of every class at the start.
         score_threshold, max_detections: of predictions.
 
     Raises:
-        TypeError: another model. ValueError: counts of another number of classes.
+        TypeError: another model, or layers. ValueError: counts of another number of classes, a threshold without the
+            number of images, or a model whose loss was exchanged already.
     """
-    if not isinstance(model, FasterRCNN) or not isinstance(model.roi_heads.box_predictor, FastRCNNPredictor):
-        raise TypeError(f"expected torchvision's FasterRCNN with its own layers, got {type(model).__name__}")
-    stage, old = model.roi_heads, model.roi_heads.box_predictor.cls_score
+    if not isinstance(model, FasterRCNN):
+        raise TypeError(f"expected torchvision's FasterRCNN, got {type(model).__name__}")
+    stage, predictor = model.roi_heads, model.roi_heads.box_predictor
+    if not isinstance(predictor, FastRCNNPredictor):
+        raise TypeError(f"expected torchvision's FastRCNNPredictor in the second stage, got {type(predictor).__name__}")
+    old = predictor.cls_score
+    class_counts, total = _with_total(class_counts, total)
+    if threshold is not None and total is None:
+        raise ValueError(f"a threshold of {threshold} is a share of the images: expected their number, total")
     classes = old.out_features - 1
     if len(class_counts) != classes:
         raise ValueError(f"expected {classes} class counts, without the background, got {len(class_counts)}")
@@ -121,6 +128,16 @@ def equalize(
     return model
 
 
+def _with_total(
+    class_counts: Sequence[int] | tuple[Sequence[int], int], total: int | None
+) -> tuple[Sequence[int], int | None]:
+    """Counts and a total; those that ``image_counts`` gives come in one, and a total that is said goes before its."""
+    if isinstance(class_counts, tuple) and len(class_counts) == 2 and isinstance(class_counts[0], Sequence):
+        counts, whole = class_counts
+        return counts, int(whole) if total is None else total
+    return class_counts, total
+
+
 class EqualizationLoss(nn.Module):
     """(N, K) logits and their truth to a scalar, or to one value for each row with "none".
 
@@ -131,7 +148,8 @@ class EqualizationLoss(nn.Module):
             for background. "softmax" takes classes (N,) from 0 to K - 1.
         threshold: lambda, the frequency below which a class is rare; None finds it by ``tail_share``.
         tail_share: see ``tail_threshold``.
-        total: samples or images that the counts are a share of; their sum if None.
+        total: samples or images that the counts are a share of; their sum if None, which is not the number of images
+            where an image holds several classes.
         gamma: the chance with which the softmax form ignores a rare class for a sample of another one.
         reduction: "mean" over rows, "sum" or "none".
 
@@ -174,11 +192,33 @@ class EqualizationLoss(nn.Module):
         self.register_buffer("rare", torch.tensor([n / max(whole, 1) < self.threshold for n in class_counts]))
 
     @classmethod
-    def preset(cls, name: str, class_counts: Sequence[int], **options: Any) -> EqualizationLoss:
-        """The paper's settings for "lvis", "cifar100-lt" or "imagenet-lt". Raises ValueError for another name."""
+    def preset(
+        cls,
+        name: str,
+        class_counts: Sequence[int] | tuple[Sequence[int], int],
+        *,
+        total: int | None = None,
+        **options: Any,
+    ) -> EqualizationLoss:
+        """The paper's settings for "lvis", "cifar100-lt" or "imagenet-lt".
+
+        Args:
+            name: of the settings.
+            class_counts: of images that hold each class, or what ``image_counts`` gives; samples of each class for the
+                other two.
+            total: number of images, which "lvis" needs: an image holds several classes, so that the counts' sum is
+                not it.
+            options: as of ``EqualizationLoss``, before the settings.
+
+        Raises:
+            ValueError: another name, or "lvis" without a total.
+        """
         if name not in PRESETS:
             raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}")
-        return cls(class_counts=class_counts, **{**PRESETS[name], **options})
+        counts, total = _with_total(class_counts, total)
+        if name == "lvis" and total is None:
+            raise ValueError("the threshold of lvis is a share of the images: expected their number, total")
+        return cls(class_counts=counts, total=total, **{**PRESETS[name], **options})
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         if prediction.ndim != 2 or prediction.shape[1] != len(self.rare) or len(target) != len(prediction):
@@ -196,6 +236,7 @@ class EqualizationLoss(nn.Module):
     def _sigmoid(self, logits: Tensor, target: Tensor) -> Tensor:
         classes, size = target.ndim == 1 and not target.is_floating_point(), logits.shape[1]
         if classes:
+            target = target.long()
             truth = logits.new_zeros(len(target), size + 1).scatter_(1, target[:, None], 1)[:, :-1]
         else:
             truth = target.to(logits.dtype)
@@ -212,6 +253,7 @@ class EqualizationLoss(nn.Module):
     def _softmax(self, logits: Tensor, target: Tensor) -> Tensor:
         if target.is_floating_point() or target.ndim != 1:
             raise TypeError(f"the softmax form expects integer classes (N,), got {target.dtype} {tuple(target.shape)}")
+        target = target.long()
         if self.training and self.gamma > 0:
             drawn = torch.rand(logits.shape, device=logits.device) < self.gamma  # beta
             own = F.one_hot(target, logits.shape[1]).bool()

@@ -25,15 +25,37 @@ class CamBranch(nn.Module):
         return [self.out(self.conv(x).relu()) for x in maps]
 
 
-def image_loss(cams: Sequence[Tensor], present: Tensor, kind: Literal["softmax", "sigmoid"] = "softmax") -> Tensor:
+def cells_inside(grid: Sequence[int], stride: int, sizes: Tensor) -> Tensor:
+    """Which cells (N, 1, h, w) of a grid (h, w) lie in images of ``sizes`` (N, 2), height and width, or begin there;
+    the others show the batch's padding."""
+    rows, columns = (torch.arange(n, device=sizes.device) * stride < sizes[:, k, None] for k, n in enumerate(grid))
+    return (rows[:, :, None] & columns[:, None])[:, None]
+
+
+def mean_inside(cells: Tensor, inside: Tensor) -> Tensor:
+    """Means (N, K) of (N, K, h, w) over the cells that ``inside`` (N, 1, h, w) says, at least float32."""
+    wide = cells.to(torch.promote_types(cells.dtype, torch.float32))
+    return torch.where(inside, wide, 0).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)
+
+
+def image_loss(
+    cams: Sequence[Tensor],
+    present: Tensor,
+    strides: Sequence[int],
+    sizes: Tensor,
+    kind: Literal["softmax", "sigmoid"] = "softmax",
+) -> Tensor:
     """What the maps' means say of the classes, mean over the images that show any.
 
     Args:
-        cams: (N, K, h, w) of each level; a class's score is the mean over positions, then over levels.
+        cams: (N, K, h, w) of each level; a class's score is the mean over the image's cells, then over levels.
         present: (N, K), 1 for each class that an image shows.
+        strides: of the levels.
+        sizes: (N, 2), height and width of the images in the batch, whose padding does not count.
         kind: "softmax" against ``present`` over its sum, or a "sigmoid" for each class, over all images.
     """
-    score = torch.stack([cam.mean((2, 3)) for cam in cams]).mean(0)  # (N, K)
+    means = [mean_inside(cam, cells_inside(cam.shape[2:], s, sizes)) for cam, s in zip(cams, strides, strict=True)]
+    score = torch.stack(means).mean(0)  # (N, K)
     if kind == "sigmoid":
         return F.binary_cross_entropy_with_logits(score, present.to(score))
     total = present.sum(1)
@@ -57,34 +79,51 @@ def heat_map(
 
 
 def box_loss(
-    cams: Sequence[Tensor], targets: Sequence[dict[str, Tensor]], strides: Sequence[int], *, centre_ratio: float = 1.0
+    cams: Sequence[Tensor],
+    targets: Sequence[dict[str, Tensor]],
+    strides: Sequence[int],
+    sizes: Tensor,
+    *,
+    centre_ratio: float = 1.0,
 ) -> Tensor:
-    """Binary cross-entropy of the maps against the boxes' heat maps, mean over entries, then over levels."""
+    """Binary cross-entropy of the maps against the boxes' heat maps, mean over each image's entries, then over images
+    and over levels.
+
+    Args:
+        cams: (N, K, h, w) of each level.
+        targets: of each image, ``boxes`` (L, 4) and ``labels`` (L,).
+        strides, sizes: as of ``image_loss``.
+        centre_ratio: as of ``heat_map``.
+    """
     losses = []
     for cam, stride in zip(cams, strides, strict=True):
         truth = torch.stack([heat_map(t, cam.shape[2:], stride, cam.shape[1], centre_ratio) for t in targets])
-        losses.append(F.binary_cross_entropy_with_logits(cam, truth.to(cam)))
+        each = F.binary_cross_entropy_with_logits(cam, truth.to(cam), reduction="none")
+        losses.append(mean_inside(each, cells_inside(cam.shape[2:], stride, sizes)).mean())
     return torch.stack(losses).mean()
 
 
 def ranking(
     objectness: Tensor, cams: Sequence[Tensor], per_cell: int, rule: Literal["product", "sum", "none"] = "product"
 ) -> Tensor:
-    """Logits (N, A) by which proposals are ranked; no gradient flows through them.
+    """Logits (N, A) in float64 by which proposals are ranked; no gradient flows through them.
+
+    Where the class activation is the same everywhere, they have the objectness's order; float32 would make ties of it.
 
     Args:
         objectness: (N, A), level by level, cell by cell.
-        cams: of the same levels.
+        cams: of the same levels; not read by "none".
         per_cell: anchors of a cell.
         rule: "product" of the objectness and the largest class activation, both as probabilities; "sum", their mean;
             "none", the objectness alone.
     """
+    plain = objectness.detach().double()
     if rule == "none":
-        return objectness.detach()
-    best = torch.cat([cam.detach().amax(1).flatten(1) for cam in cams], 1)  # (N, cells)
-    best = best[..., None].expand(-1, -1, per_cell).flatten(1).to(objectness)
-    plain = objectness.detach()
+        return plain
+    best = torch.cat([cam.detach().amax(1).flatten(1) for cam in cams], 1).double()  # (N, cells)
+    best = best[..., None].expand(-1, -1, per_cell).flatten(1)
     if rule == "sum":
-        return torch.logit((plain.sigmoid() + best.sigmoid()) / 2)
-    log_product = F.logsigmoid(plain) + F.logsigmoid(best)
-    return log_product - torch.log(-torch.expm1(log_product.clamp(max=-1e-7)))
+        plain, best = plain.clamp(-500, 500), best.clamp(-500, 500)  # whose probabilities are above zero
+        return torch.log(plain.sigmoid() + best.sigmoid()) - torch.log((-plain).sigmoid() + (-best).sigmoid())
+    # 1 / (p q) - 1 = exp(-x) + exp(-y) + exp(-x - y)
+    return -torch.stack([-plain, -best, -plain - best]).logsumexp(0)

@@ -38,8 +38,9 @@ class EHSOD(DetectsRegions):
     """Two-stage detector that learns from boxes and from image-level labels: images to boxes and class scores.
 
     A target may hold ``has_boxes`` () and ``image_labels`` (K,), 1 for each class that the image shows. Without the
-    first it has boxes, without the second the labels of its boxes are taken. Where it has none, the losses that need
-    boxes leave the image out. ``data.boxed`` of a recipe makes such targets.
+    first it has boxes, without the second its ``labels`` are taken. Where it has none, the losses that need boxes leave
+    the image out, and one of the two must name its classes; ``image_labels`` of zeros say that it shows none.
+    ``data.boxed`` of a recipe makes such targets.
 
     Args:
         num_classes: K, the background not counted; labels run from 1 to K.
@@ -56,14 +57,14 @@ class EHSOD(DetectsRegions):
         stages: of the cascade, at most three.
         cam_weight: of both losses of the class activation maps.
         image_weight: of the image-level losses of the stages. With both weights zero and ``rank_by`` "none" this is
-            Cascade R-CNN on the images that have boxes.
+            Cascade R-CNN on the images that have boxes, at its cost.
         cam_loss: "softmax" or "sigmoid", as of ``image_loss``.
         centre_ratio: of the boxes' sides in the heat maps.
         rank_by: how class activation ranks proposals, as of ``ranking``.
         mine: whether the best proposal of a stage for each class of an image without boxes is a box for the next.
 
     Raises:
-        ValueError: an argument outside the above.
+        ValueError: an argument outside the above; in ``losses``, a target without boxes that names no class.
     """
 
     def __init__(
@@ -104,6 +105,8 @@ class EHSOD(DetectsRegions):
         self.cam_weight, self.image_weight, self.cam_loss = cam_weight, image_weight, cam_loss
         self.centre_ratio, self.mine = centre_ratio, mine
         self.rank_by: Literal["product", "sum", "none"] = rank_by
+        self.mapped = cam_weight > 0 or rank_by != "none"  # whether class activation serves training
+        self.judged = image_weight > 0 or mine  # whether the stages' image-level heads do
         self.backbone = Pyramid(backbone, in_channels=in_channels, channels=channels)
         levels = self.backbone.levels
         self.strides = tuple(level.stride for level in levels)
@@ -128,7 +131,7 @@ class EHSOD(DetectsRegions):
         x, sizes = self._batch(inputs)
         maps = self.backbone(x)
         raw = self.rpn(maps)
-        ranked = self._ranked(raw, self.cam(maps))
+        ranked = self._ranked(raw, self.cam(maps) if self.rank_by != "none" else [])
         raw["proposals"], raw["proposal_scores"] = self.rpn.propose(ranked, maps, sizes)
         found = self.boxes(partial(self._pool, maps), raw["proposals"], sizes)
         return raw | {"class_logits": found["class_logits"], "boxes": found["boxes"], "sizes": sizes}
@@ -136,14 +139,15 @@ class EHSOD(DetectsRegions):
     def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         """``loss_objectness``, ``loss_rpn_box_reg``, ``loss_cam_image``, ``loss_cam_box``, and of each stage
         ``loss_classifier``, ``loss_box_reg`` and ``loss_image``, weighted; zero where no image of the batch serves one.
+        Losses of weight zero whose part serves nothing else either are left out.
         """
         x, sizes = self._batch(inputs)
         whole = training_targets(targets, len(x), self.num_classes, crowds=True)
         targets = scale_targets(training_targets(whole, len(x), self.num_classes), sizes, image_sizes(inputs))
         boxed = torch.tensor([bool(t.get("has_boxes", True)) for t in targets], device=x.device)
-        present = torch.stack([self._shown(target) for target in whole])  # a crowd is shown, too
+        present = torch.stack([self._shown(target, k) for k, target in enumerate(whole)])  # a crowd is shown, too
         maps = self.backbone(x)
-        raw, cams = self.rpn(maps), self.cam(maps)
+        raw, cams = self.rpn(maps), self.cam(maps) if self.mapped else []
         losses = self._map_losses(raw, maps, cams, targets, sizes, boxed, present)
         proposals = self.rpn.training_proposals(self._ranked(raw, cams), maps, sizes)
         known = boxed
@@ -187,19 +191,19 @@ class EHSOD(DetectsRegions):
     ) -> dict[str, Tensor]:
         """Losses of the region proposals and of the class activation maps."""
         rows = torch.nonzero(boxed)[:, 0]
-        losses = {"loss_cam_image": self.cam_weight * image_loss(cams, present, self.cam_loss)}
+        losses = {}
+        if self.mapped:
+            image = image_loss(cams, present, self.strides, sizes, self.cam_loss)
+            losses["loss_cam_image"] = self.cam_weight * image
+            losses["loss_cam_box"] = torch.stack([cam.sum() for cam in cams]).sum() * 0.0
         if not len(rows):
-            none = torch.stack([cam.sum() for cam in cams]).sum() * 0.0
             own = raw["objectness"].sum() * 0.0
-            return losses | {
-                "loss_cam_box": none,
-                "loss_objectness": own,
-                "loss_rpn_box_reg": raw["rpn_deltas"].sum() * 0.0,
-            }
+            return losses | {"loss_objectness": own, "loss_rpn_box_reg": raw["rpn_deltas"].sum() * 0.0}
         chosen = [targets[k] for k in rows.tolist()]
-        losses["loss_cam_box"] = self.cam_weight * box_loss(
-            [cam[rows] for cam in cams], chosen, self.strides, centre_ratio=self.centre_ratio
-        )
+        if self.mapped:
+            losses["loss_cam_box"] = self.cam_weight * box_loss(
+                [cam[rows] for cam in cams], chosen, self.strides, sizes[rows], centre_ratio=self.centre_ratio
+            )
         part = {key: value if key == "anchors" else value[rows] for key, value in raw.items()}
         return losses | self.rpn.losses(part, maps, chosen, sizes[rows])
 
@@ -224,15 +228,14 @@ class EHSOD(DetectsRegions):
             logits[strong], deltas[strong], drawn, weights=self.boxes.codes[stage], beta=self.boxes.beta
         )
         images = len(targets)
-        shares = self.image_heads[stage](features, regions.image, images)
-        scores = image_scores(shares, regions.image, images)
-        losses = {
-            f"stage{stage}.loss_classifier": weight * score,
-            f"stage{stage}.loss_box_reg": weight * offsets,
-            f"stage{stage}.loss_image": weight * self.image_weight * image_score_loss(scores, present),
-        }
+        losses = {f"stage{stage}.loss_classifier": weight * score, f"stage{stage}.loss_box_reg": weight * offsets}
         refined = self.boxes.refine(stage, regions.boxes, deltas, regions.image, sizes)
-        mined = best_boxes(shares.detach(), refined, regions.image, present) if self.mine else []
+        mined: list[Target] = []
+        if self.judged:
+            shares = self.image_heads[stage](features, regions.image, images)
+            scores = image_scores(shares, regions.image, images)
+            losses[f"stage{stage}.loss_image"] = weight * self.image_weight * image_score_loss(scores, present)
+            mined = best_boxes(shares.detach(), refined, regions.image, present) if self.mine else []
         return losses, kept_proposals(regions, refined, images), mined
 
     def _regions(
@@ -254,7 +257,12 @@ class EHSOD(DetectsRegions):
         regions = join_regions(parts)
         return regions, known[regions.image]
 
-    def _shown(self, target: Target) -> Tensor:
+    def _shown(self, target: Target, number: int) -> Tensor:
+        """The classes (K,) of an image, 0 or 1; an image without boxes must say them."""
+        if not len(target["labels"]) and "image_labels" not in target and not bool(target.get("has_boxes", True)):
+            raise ValueError(
+                f"target {number} has neither boxes nor labels: expected image_labels ({self.num_classes},)"
+            )
         if "image_labels" in target:
             if target["image_labels"].shape != (self.num_classes,):
                 raise ValueError(
@@ -264,7 +272,8 @@ class EHSOD(DetectsRegions):
         return torch.zeros(self.num_classes, device=target["labels"].device).index_fill(0, target["labels"] - 1, 1.0)
 
     def _ranked(self, raw: dict[str, Tensor], cams: Sequence[Tensor]) -> dict[str, Tensor]:
-        return raw | {"objectness": ranking(raw["objectness"], cams, self.rpn.per_cell, self.rank_by)}
+        plain = raw["objectness"]  # whose precision, which suppression wants, may make ties but turns no order round
+        return raw | {"objectness": ranking(plain, cams, self.rpn.per_cell, self.rank_by).to(plain)}
 
     def _pool(self, maps: Sequence[Tensor], boxes: Tensor, image: Tensor) -> Tensor:
         return pool_regions(*region_maps(maps, self.strides), boxes, image)

@@ -50,13 +50,16 @@ def image_score_loss(scores: Tensor, present: Tensor) -> Tensor:
 def best_boxes(shares: Tensor, boxes: Tensor, image: Tensor, present: Tensor) -> list[dict[str, Tensor]]:
     """For each image the box of the largest share for each of its classes, as a target.
 
+    Boxes with a side below one pixel, such as those that were moved out of their image and cut, are nobody's; where
+    no other is left the image's target is empty.
+
     Args:
-        shares: (R, K), ``boxes`` (R, 4), ``image`` (R,) of the proposals.
+        shares: (R, K), ``boxes`` (R, 4) in pixels, ``image`` (R,) of the proposals.
         present: (N, K).
     """
-    found = []
+    found, wide = [], ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
     for k, shown in enumerate(present):
-        rows, labels = torch.nonzero(image == k)[:, 0], torch.nonzero(shown)[:, 0]
+        rows, labels = torch.nonzero((image == k) & wide)[:, 0], torch.nonzero(shown)[:, 0]
         labels = labels[: 0 if not len(rows) else None]
         best = shares[rows][:, labels].argmax(0) if len(rows) else rows
         found.append({"boxes": boxes[rows][best], "labels": labels + 1})

@@ -58,6 +58,8 @@ class FasterRCNN(DetectsRegions):
         region_loss: module of class logits (R, K + 1), deltas (R, 4 (K + 1)), labels (R,), 0 for background, and codes
             (R, 4), to the two losses of the second stage; the published ones, or binary cross-entropy and smooth L1,
             if None.
+        region_beta: error up to which the second stage's smooth L1 is a square, where ``region_loss`` is None; 1 or
+            1/9 if None.
 
     Raises:
         ValueError: an argument outside the above.
@@ -86,6 +88,7 @@ class FasterRCNN(DetectsRegions):
         classification: Literal["softmax", "sigmoid"] = "softmax",
         prior: float = 0.001,
         region_loss: nn.Module | None = None,
+        region_beta: float | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 1 or (stages == 1 and num_classes != 1):
@@ -96,6 +99,10 @@ class FasterRCNN(DetectsRegions):
             )
         if classification not in ("softmax", "sigmoid"):
             raise ValueError(f"classification must be softmax or sigmoid, got {classification!r}")
+        if min(1 if value is None else value for value in (hidden, rois_per_image)) < 1:
+            raise ValueError(f"hidden and rois_per_image must be >= 1 or None, got {hidden} and {rois_per_image}")
+        if region_beta is not None and region_beta < 0:
+            raise ValueError(f"region_beta must be >= 0 or None, got {region_beta}")
         pyramid = backbone != "vgg16" if pyramid is None else pyramid
         self.num_classes, self.in_channels, self.image_size, self.stages = num_classes, in_channels, image_size, stages
         self.condition_channels = condition_channels
@@ -127,9 +134,12 @@ class FasterRCNN(DetectsRegions):
             box = SigmoidPredictor(hidden, num_classes, prior=prior) if classification == "sigmoid" else None
             self.roi_heads = RegionStage(levels[0].channels, num_classes, hidden=hidden, box_predictor=box)
         self.sigmoid = classification == "sigmoid"
-        self.region_loss = SigmoidRegionLoss() if self.sigmoid and region_loss is None else region_loss
+        self.region_beta = (1 / 9 if pyramid else 1.0) if region_beta is None else region_beta
+        if self.sigmoid and region_loss is None:
+            region_loss = SigmoidRegionLoss(beta=self.region_beta)
+        self.region_loss = region_loss
 
-    def forward(self, inputs: Tensor | Sequence[Tensor], condition: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, inputs: Tensor | Sequence[Tensor], *, condition: Tensor | None = None) -> dict[str, Tensor]:
         """Raw outputs, P proposals of each image in fixed shapes.
 
         ``objectness`` (N, A), ``rpn_deltas`` (N, A, 4), ``anchors`` (A, 4), ``proposals`` (N, P, 4) with
@@ -151,6 +161,7 @@ class FasterRCNN(DetectsRegions):
         self,
         inputs: Tensor | Sequence[Tensor],
         targets: Sequence[dict[str, Tensor]],
+        *,
         condition: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Of joint training: ``loss_objectness``, ``loss_rpn_box_reg``, ``loss_classifier``, ``loss_box_reg``."""
@@ -164,7 +175,9 @@ class FasterRCNN(DetectsRegions):
             regions = sample_regions(proposals, targets, count=self.rois_per_image)
             logits, deltas = self._second(maps, regions.boxes, regions.image)
             if self.region_loss is None:
-                losses["loss_classifier"], losses["loss_box_reg"] = region_loss(logits, deltas, regions)
+                losses["loss_classifier"], losses["loss_box_reg"] = region_loss(
+                    logits, deltas, regions, beta=self.region_beta
+                )
             else:
                 losses["loss_classifier"], losses["loss_box_reg"] = self.region_loss(
                     logits, deltas, regions.labels, region_codes(regions)
@@ -180,8 +193,8 @@ class FasterRCNN(DetectsRegions):
     def predict(
         self,
         inputs: Tensor | Sequence[Tensor],
-        condition: Tensor | None = None,
         *,
+        condition: Tensor | None = None,
         score_threshold: float | None = None,
         nms_threshold: float | None = None,
         max_detections: int | None = None,
@@ -192,7 +205,7 @@ class FasterRCNN(DetectsRegions):
         above 1e-4. Overlaps above 0.5 are suppressed.
         """
         return self.decode(
-            self(inputs, condition),
+            self(inputs, condition=condition),
             image_sizes(inputs),
             score_threshold=score_threshold,
             nms_threshold=nms_threshold,

@@ -39,7 +39,7 @@ class LightHeadRCNN(nn.Module):
         inter_channels: inside the large separable convolution; the paper's small form has 64.
         kernel_size: of it.
         width: of the proposal network's 3x3 convolution.
-        per_class: whether each class has offsets of its own.
+        per_class: whether each class has offsets of its own; those of "heavy" always are.
         image_size: shorter side to which images are resized, the longer at most 5/3 of it; as they are if None.
         anchor_sizes: sides of the anchors in pixels.
         aspect_ratios: height / width of the anchors.

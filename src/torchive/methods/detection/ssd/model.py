@@ -1,4 +1,4 @@
-"""The detector: sources, heads, default boxes, and the three verbs."""
+"""The detector: sources, heads and default boxes; its verbs are those of ``MultiBoxDetector``."""
 
 from __future__ import annotations
 
@@ -6,26 +6,16 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models.detection.ssd import SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 
-from torchive.nn.multibox import (
-    decode_multibox,
-    match_targets,
-    multibox_loss,
-    scored_multibox,
-    source_shapes,
-    source_steps,
-)
+from torchive.nn.multibox import MultiBoxDetector, source_shapes, source_steps
 from torchive.nn.multibox_sources import PyramidSources, VGGSources
 from torchive.nn.prior import init_classifier
-from torchive.ops.anchors import default_boxes
-from torchive.ops.images import check_images, image_sizes, stack_resized, training_targets
-from torchive.structures import Detections
 
 
-class SSD(nn.Module):
+class SSD(MultiBoxDetector):
     """Single-shot detector: images (N, C, H, W), or a list of (C, H, W), to scores and offsets of A default boxes.
 
     A list is resized to ``image_size`` first, a tensor goes into ``forward`` as it is; ``losses`` and ``predict``
@@ -53,8 +43,6 @@ class SSD(nn.Module):
     Raises:
         ValueError: an argument outside the above; in ``forward``, an image smaller than VGG-16's sources need.
     """
-
-    task = "detection"
 
     def __init__(
         self,
@@ -92,7 +80,6 @@ class SSD(nn.Module):
         self.num_classes, self.in_channels, self.image_size = num_classes, in_channels, image_size
         self.classification, self.mining_ratio = classification, mining_ratio
         self.iou_threshold, self.alpha = iou_threshold, alpha
-        self.backbone: VGGSources | PyramidSources
         if backbone == "vgg16":
             self.backbone = VGGSources(in_channels=in_channels, image_size=image_size)
         else:
@@ -115,7 +102,7 @@ class SSD(nn.Module):
         channels = [self.backbone.channels[k] for k in self.sources]
         per_cell = [len(merged[k]) for k in self.sources]
         outputs = num_classes + (classification == "softmax")
-        self.head: nn.Module = (
+        self.head = (
             SSDLiteHead(channels, per_cell, outputs, nn.BatchNorm2d) if lite else SSDHead(channels, per_cell, outputs)
         )
         if prior is not None:
@@ -123,70 +110,5 @@ class SSD(nn.Module):
                 if isinstance(layer, nn.Conv2d) and layer.bias is not None:
                     init_classifier(layer, prior=prior)
 
-    def forward(self, inputs: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
-        """``logits`` (N, A, K + 1) or (N, A, K), ``deltas`` (N, A, 4), ``anchors`` (A, 4) in fractions of the image."""
-        check_images(inputs, self.in_channels)
-        x = inputs if isinstance(inputs, Tensor) else self._resize(inputs)
-        if min(x.shape[2:]) < self.backbone.smallest:
-            raise ValueError(f"each side must be at least {self.backbone.smallest}, got {tuple(x.shape[2:])}")
-        maps = self.backbone(x)
-        maps = [maps[k] for k in self.sources]
-        out: dict[str, Tensor] = self.head(maps)
-        shapes = [getattr(self, f"shapes{k}") for k in self.sources]
-        anchors = default_boxes([m.shape[2:] for m in maps], shapes, self.steps)
-        return {"logits": out["cls_logits"], "deltas": out["bbox_regression"], "anchors": anchors}
-
-    def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """``classification`` and ``localisation``, both zero where no default box is matched."""
-        check_images(inputs, self.in_channels)
-        sizes = image_sizes(inputs)
-        targets = training_targets(targets, len(sizes), self.num_classes)
-        raw = self(self._resize(inputs))
-        matches, boxes = match_targets(raw["anchors"], sizes, targets, self.iou_threshold)
-        return multibox_loss(
-            raw["logits"],
-            raw["deltas"],
-            raw["anchors"],
-            matches,
-            boxes,
-            torch.cat([target["labels"] for target in targets]),
-            mode=self.classification,
-            mining_ratio=self.mining_ratio,
-            alpha=self.alpha,
-            loss=self.loss,
-            localisation_loss=self.localisation_loss,
-        )
-
-    def decode(
-        self, raw: dict[str, Tensor], image_sizes: Sequence[tuple[int, int]], **options: Any
-    ) -> list[Detections]:
-        """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
-        return decode_multibox(raw, image_sizes, mode=self.classification, **options)
-
-    def predict(
-        self,
-        inputs: Tensor | Sequence[Tensor],
-        *,
-        score_threshold: float = 0.01,
-        candidates: int = 400,
-        nms_threshold: float = 0.45,
-        max_detections: int = 200,
-    ) -> list[Detections]:
-        """One ``Detections`` per image, boxes in pixels of the image that went in."""
-        check_images(inputs, self.in_channels)
-        return self.decode(
-            self(self._resize(inputs)),
-            image_sizes(inputs),
-            score_threshold=score_threshold,
-            candidates=candidates,
-            nms_threshold=nms_threshold,
-            max_detections=max_detections,
-        )
-
-    def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """What ``predict`` suppresses: boxes (N, P, 1, 4) in pixels of images of ``size`` (height, width), scores
-        (N, P, K)."""
-        return scored_multibox(raw, size, mode=self.classification)
-
-    def _resize(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
-        return stack_resized(inputs, (self.image_size, self.image_size))
+    def _loss_options(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, "loss": self.loss, "localisation_loss": self.localisation_loss}

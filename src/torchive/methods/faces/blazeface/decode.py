@@ -39,7 +39,7 @@ def blend(
     """One shape for all that overlap: the mean of their numbers, weighted by their scores.
 
     The best one takes all that overlap it by more than ``threshold``, then the best one left, and so on: each shape
-    belongs to the first of the boxes which suppression keeps that it overlaps.
+    belongs to the first of the boxes which suppression keeps that it overlaps, and these to themselves.
 
     Args:
         shapes: (M, 4 + D), xyxy boxes with further numbers behind, such as points; highest score first.
@@ -58,7 +58,7 @@ def blend(
     if blending == "none":
         return shapes[rows], scores[rows], rows
     near = (box_iou(boxes[rows], boxes) > threshold) & (groups[rows, None] == groups)  # (L, M)
-    near[torch.arange(len(rows), device=rows.device), rows] = True
+    near[:, rows] = torch.eye(len(rows), dtype=torch.bool, device=rows.device)  # nobody else's, however it is rounded
     first = near & (near.cumsum(0) == 1)
     weight = first * scores  # (L, M)
     total = weight.sum(1)
@@ -129,7 +129,8 @@ def fixed_faces(
     kept = keep_after_nms(shape[..., :4].flatten(0, 1), score.flatten(), group.flatten(), overlap).view_as(sure) & sure
     pairs = (group[:, :, None] == group[:, None]) & sure[:, None]
     near = kept[:, :, None] & (
-        (pairs & (_overlaps(shape[..., :4]) > overlap)) | torch.eye(score.shape[1], device=score.device).bool()
+        (pairs & ~kept[:, None] & (_overlaps(shape[..., :4]) > overlap))
+        | torch.eye(score.shape[1], device=score.device).bool()
     )
     weight = (near & (near.cumsum(1) == 1)) * score[:, None]  # of each shape the first that suppression keeps
     mean = weight @ shape / weight.sum(2, keepdim=True).clamp(min=1e-12)

@@ -10,21 +10,25 @@ from torch import Tensor
 
 #: Distance of the eyes as a share of the box's side: what the released weights give for the 29 faces of one photograph.
 EYES = 0.42
+#: Smallest distance of the eyes that counts, as a share of the box's side and in pixels: a profile's eyes may coincide.
+NEAREST, PIXEL = 0.1, 1.0
 
 
 def face_sizes(boxes: Tensor, points: Tensor) -> Tensor:
     """By what errors are divided (L,): the distance of the eyes, the first two points, or ``EYES`` of the box's side.
 
+    It is at least ``NEAREST`` of the side and ``PIXEL``.
+
     Args:
-        boxes: (L, 4), xyxy.
+        boxes: (L, 4), xyxy in pixels.
         points: (L, P, 3): x, y, and above zero where the point is given.
     """
-    side = EYES * (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
+    side = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
     if points.shape[1] < 2:
-        return side
+        return (EYES * side).clamp(min=PIXEL)
     eyes = (points[:, 0, :2] - points[:, 1, :2]).norm(dim=1)
     known = (points[:, :2, 2] > 0).all(1) & (eyes > 0)
-    return torch.where(known, eyes, side)
+    return torch.where(known, torch.maximum(eyes, NEAREST * side), EYES * side).clamp(min=PIXEL)
 
 
 def shape_losses(

@@ -26,13 +26,16 @@ LAYOUTS: dict[str, tuple[tuple[str, int, int], ...]] = {
 
 
 class EndPadded(nn.Conv2d):
-    """Convolution of stride two that pads as TensorFlow does: (N, C, H, W) to (N, C', ceil(H / 2), ceil(W / 2)).
+    """Convolution of stride two that pads even sides as TensorFlow does: (N, C, H, W) to (N, C', ceil(H / 2),
+    ceil(W / 2)).
 
-    An even side has k - 2 zeros, one more at its end than at its start.
+    An even side has k - 2 zeros, one more at its end than at its start. An odd one starts as an even one, so that a
+    graph needs no look at its size; TensorFlow would put one zero more there and one less at its end.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        start, end = (self.kernel_size[0] - 2) // 2, (self.kernel_size[0] + 1) // 2  # the last one is for odd sides
+        start = max((self.kernel_size[0] - 2) // 2, 0)
+        end = self.kernel_size[0] - 1 - start  # the last one is for odd sides
         return super().forward(F.pad(x, (start, end, start, end)))
 
 

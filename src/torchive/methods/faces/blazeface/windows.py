@@ -20,7 +20,7 @@ def detect_in_windows(
     overlap: float = 0.3,
     blending: Blending = "top",
 ) -> Detections:
-    """Faces of a whole photograph in its pixels, from square windows of it.
+    """Faces of a whole photograph in its pixels, from square windows of it; best first.
 
     A face is found best where it fills a fifth to a half of its window. An image smaller than a window is one window.
 
@@ -49,8 +49,11 @@ def detect_in_windows(
     scores, labels = torch.cat([one.scores for one in found]), torch.cat([one.labels for one in found])
     order = scores.argsort(descending=True, stable=True)
     shapes, scores, rows = blend(shapes[order], scores[order], labels[order], threshold=overlap, blending=blending)
+    labels = labels[order][rows]
+    order = scores.argsort(descending=True, stable=True)  # a mean need not fall as its best score does
+    shapes, scores, labels = shapes[order], scores[order], labels[order]
     keypoints = None if points[0] is None else shapes[:, 4:].unflatten(1, (-1, 2))
-    return Detections(shapes[:, :4], labels[order][rows], scores, keypoints=keypoints)
+    return Detections(shapes[:, :4], labels, scores, keypoints=keypoints)
 
 
 def _starts(length: int, side: int, step: int) -> list[int]:

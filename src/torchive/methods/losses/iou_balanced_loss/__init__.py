@@ -9,7 +9,8 @@ Symbols  R entries of a batch, P positives among them, K classes; l focal loss, 
          one. No gradient passes through a weight. Sums are divided by the number of positives.
 Differs  the overlaps come from the box codes, since one anchor's moves and stretches leave an overlap as it is; the
          release decodes both boxes first. Weights are scaled over all positives of the batch, as the formula says; the
-         release scales those of each pyramid level apart. w_loc is found on the first batch where none is given.
+         release scales those of each pyramid level apart. w_loc is found on the first batch where none is given, or
+         on the first ones until 64 positives were seen, and is at most 10.
 """
 
 from torchive.methods.losses.iou_balanced_loss.loss import (

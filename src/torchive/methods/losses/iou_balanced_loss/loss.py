@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 import torch
@@ -13,6 +14,9 @@ from torchive.ops.boxes import ONES, code_iou
 
 Variant = Literal["sigmoid", "softmax"]
 Reduction = Literal["mean", "sum", "none"]
+
+#: Positives from whose sums w is found, over the first batches, and the largest w that is believed.
+CALIBRATING, LARGEST = 64, 10.0
 
 
 def balance_weights(each: Tensor, positive: Tensor, ious: Tensor, *, eta: float = 1.5) -> Tensor:
@@ -61,6 +65,7 @@ def iou_balanced_classification(
         ValueError: shapes that do not fit. TypeError: logits that are not floating, or classes that are not integers.
     """
     _check(logits, targets, ious, variant)
+    targets = targets.long() if targets.ndim == 1 else targets
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if variant == "softmax":
         each = F.cross_entropy(logits, targets, reduction="none")  # (R,)
@@ -133,12 +138,28 @@ def matching_weight(
 ) -> Tensor:
     """The w with which the weighted sum equals the plain one on this batch: the paper's choice, on the first batch.
 
-    It is 1 where there is nothing to weigh.
+    It is 1 where there is nothing to weigh, and large where the overlaps are small.
     """
+    return _weight(*_sums(deltas, targets, ious, power, beta, box_weights))
+
+
+def _sums(
+    deltas: Tensor,
+    targets: Tensor,
+    ious: Tensor | None,
+    power: float,
+    beta: float,
+    box_weights: tuple[float, float, float, float],
+) -> tuple[Tensor, Tensor]:
+    """The plain sum over the positives, and the weighted one with w = 1."""
     with torch.no_grad():
         plain = iou_balanced_localisation(deltas, targets, torch.ones_like(deltas[:, 0]), power=0, beta=beta)
         found = iou_balanced_localisation(deltas, targets, ious, power=power, beta=beta, box_weights=box_weights)
-        return torch.where(found > 0, plain / torch.where(found > 0, found, 1), 1)
+        return plain, found
+
+
+def _weight(plain: Tensor, weighted: Tensor) -> Tensor:
+    return torch.where(weighted > 0, plain / torch.where(weighted > 0, weighted, 1), 1)
 
 
 class IoUBalancedLoss(nn.Module):
@@ -201,8 +222,10 @@ class IoUBalancedLocalisation(nn.Module):
         power: lambda; 0 with ``loss_weight`` 1 is smooth L1.
         beta: where smooth L1 turns from a square to a line: 0.11 in RetinaNet, 1/9 in Fast R-CNN, 1 in SSD.
         loss_weight: w; None finds it on the first training batch that has a positive, so that the sum there is the
-            plain one, and keeps it in the state. The paper sets it by hand; the release has 2.878 for RetinaNet.
-        box_weights: of the box code, where overlaps are not given.
+            plain one. Where that has fewer than 64 positives, it follows the sums over the first batches until so many
+            were seen; it is at most 10, with a warning. Both are kept in the state. The paper sets it by hand; the
+            release has 2.878 for RetinaNet.
+        box_weights: of the box code, where overlaps are not given; ones if None.
         reduction: "mean" over the numbers, "sum" or "none".
 
     Raises:
@@ -218,7 +241,7 @@ class IoUBalancedLocalisation(nn.Module):
         power: float = 1.5,
         beta: float = 0.11,
         loss_weight: float | None = None,
-        box_weights: tuple[float, float, float, float] = ONES,
+        box_weights: tuple[float, float, float, float] | None = None,
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
@@ -232,14 +255,14 @@ class IoUBalancedLocalisation(nn.Module):
         self.loss_weight: Tensor
         start = torch.tensor(0.0 if loss_weight is None else loss_weight)
         self.register_buffer("loss_weight", start)  # 0 until it is found
+        self.seen: Tensor
+        if self.finds_weight:
+            self.register_buffer("seen", torch.zeros(3))  # plain sum, weighted sum and number of the positives so far
 
     def forward(self, prediction: Tensor, target: Tensor, ious: Tensor | None = None) -> Tensor:
         weight = self.loss_weight
-        if self.finds_weight and len(prediction):
-            found = self.calibrated(prediction, target, ious)
-            weight = torch.where(weight > 0, weight, found)
-            if self.training:
-                self.loss_weight.copy_(torch.where(weight == 1, 0, weight))  # 1 stands for nothing to weigh
+        if self.finds_weight and len(prediction) and float(self.seen[2]) < CALIBRATING:
+            weight = self.calibrated(prediction, target, ious)
         return iou_balanced_localisation(
             prediction,
             target,
@@ -247,16 +270,33 @@ class IoUBalancedLocalisation(nn.Module):
             power=self.power,
             beta=self.beta,
             loss_weight=weight,
-            box_weights=self.box_weights,
+            box_weights=self.box_weights or ONES,
             reduction=self.reduction,
         )
 
     def calibrated(self, prediction: Tensor, target: Tensor, ious: Tensor | None = None) -> Tensor:
-        """The w that this batch asks for; see ``matching_weight``."""
-        return matching_weight(prediction, target, ious, power=self.power, beta=self.beta, box_weights=self.box_weights)
+        """The w that this batch and those before it ask for, at most ``LARGEST``; kept in training.
+
+        A batch in which nothing overlaps tells nothing.
+        """
+        pair = _sums(prediction, target, ious, self.power, self.beta, self.box_weights or ONES)
+        own = torch.stack([*pair, pair[0].new_tensor(len(prediction))])
+        sums = self.seen + torch.where(pair[1] > 0, own, 0)
+        found = _weight(sums[0], sums[1])
+        if self.training:
+            if float(found) > LARGEST:
+                warnings.warn(
+                    f"the first {int(sums[2])} boxes overlap their objects so little that w would be "
+                    f"{float(found):.4g}; {LARGEST:g} is taken, see loss_weight",
+                    stacklevel=3,
+                )
+            self.seen.copy_(sums)
+            self.loss_weight.copy_(torch.where(sums[1] > 0, found.clamp(max=LARGEST), 0))
+        return found.clamp(max=LARGEST)
 
     def extra_repr(self) -> str:
-        return f"power={self.power}, beta={self.beta}, loss_weight={float(self.loss_weight):.4g}"
+        said = f"power={self.power}, beta={self.beta}, loss_weight={float(self.loss_weight):.4g}"
+        return f"{said} found on {int(self.seen[2])} boxes, at most {LARGEST:g}" if self.finds_weight else said
 
 
 def _reduced(each: Tensor, reduction: Reduction, avg_factor: float | Tensor | None) -> Tensor:

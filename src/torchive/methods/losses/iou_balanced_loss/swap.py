@@ -17,6 +17,7 @@ from torchive.methods.losses.iou_balanced_loss.loss import (
     balance_weights,
 )
 from torchive.nn.exchanged_heads import exchange_region_loss
+from torchive.nn.regions import WEIGHTS
 from torchive.nn.retinanet import dense_loss
 from torchive.ops.boxes import code_iou, encode_boxes
 from torchive.ops.matching import hard_negatives
@@ -33,26 +34,30 @@ def balance_losses(
     """Put both IoU-balanced losses into a detector of torchvision's, in place, and return it.
 
     Training goes on as before: ``losses = model(images, targets)`` has the same names. Weights keep their names; the
-    state has one number more, w. RetinaNet is normalised by the positives of the batch, as in the paper; torchvision
-    does so image by image.
+    state also has w and what it was found from. RetinaNet is normalised by the positives of the batch, as in the paper;
+    torchvision does so image by image.
 
     Args:
         model: torchvision's ``RetinaNet``, ``SSD`` (also SSDLite), or ``FasterRCNN`` and what is built on it, where the
-            second stage is balanced.
+            second stage is balanced. What is exchanged must be torchvision's own class: a subclass's changes were lost.
         eta: power of the overlap in the classification loss; 0 is the plain loss.
         power: lambda, that of the localisation loss.
-        loss_weight: w of the localisation; found on the first batch if None.
+        loss_weight: w of the localisation; found on the first batches if None, see ``IoUBalancedLocalisation``.
         beta: where smooth L1 turns; 0.11, 1 and 1/9 if None.
 
     Raises:
-        TypeError: another model.
+        TypeError: another model. ValueError: its losses were exchanged already.
     """
+    if isinstance(model, BalancedSSD) or isinstance(getattr(model, "head", None), BalancedRetinaNetHead):
+        raise ValueError(
+            "the model already has an IoUBalancedLocalisation, which another exchange would undo; build the model anew"
+        )
     options: dict[str, Any] = {"power": power, "loss_weight": loss_weight, "reduction": "none"}
-    if isinstance(model, RetinaNet) and isinstance(model.head, RetinaNetHead):
+    if isinstance(model, RetinaNet) and type(model.head) is RetinaNetHead:
         model.head.__class__ = BalancedRetinaNetHead
         model.head.classification_loss = IoUBalancedLoss(eta=eta, reduction="none")
         model.head.localisation_loss = IoUBalancedLocalisation(beta=0.11 if beta is None else beta, **options)
-    elif isinstance(model, SSD):
+    elif isinstance(model, SSD) and type(model) is SSD:
         model.__class__ = BalancedSSD
         model.eta = eta
         model.localisation_loss = IoUBalancedLocalisation(beta=1.0 if beta is None else beta, **options)
@@ -61,7 +66,8 @@ def balance_losses(
         box = IoUBalancedLocalisation(beta=1 / 9 if beta is None else beta, box_weights=weights, **options)
         exchange_region_loss(model.roi_heads, BalancedRegionLoss(eta, box))
     else:
-        raise TypeError(f"expected torchvision's RetinaNet, SSD or FasterRCNN, got {type(model).__name__}")
+        own = model.head if isinstance(model, RetinaNet) else model
+        raise TypeError(f"expected torchvision's RetinaNet, SSD or FasterRCNN, got {type(own).__name__}")
     return model
 
 
@@ -135,7 +141,8 @@ class BalancedRegionLoss(nn.Module):
 
     Args:
         eta: power of the overlap in the classification loss.
-        localisation: loss of codes (P, 4), with its ``box_weights`` and the reduction "none".
+        localisation: loss of codes (P, 4), with the reduction "none" and the ``box_weights`` of the stage's codes; a
+            second stage's usual ones, (10, 10, 5, 5), where it has none.
     """
 
     def __init__(self, eta: float, localisation: IoUBalancedLocalisation) -> None:
@@ -147,7 +154,7 @@ class BalancedRegionLoss(nn.Module):
         """Of logits (R, K + 1), deltas (R, 4 (K + 1)), labels (R,), 0 for background, and codes (R, 4): two scalars."""
         positive = torch.nonzero(labels > 0)[:, 0]
         found = deltas.unflatten(1, (-1, 4))[positive, labels[positive]]  # (P, 4)
-        overlap = code_iou(found.detach(), codes[positive], self.localisation.box_weights)
+        overlap = code_iou(found.detach(), codes[positive], self.localisation.box_weights or WEIGHTS)
         spread = torch.zeros_like(logits[:, 0]).index_copy(0, positive, overlap.to(logits.dtype))
         count = max(len(labels), 1)
         score = self.classification(logits, labels, spread).sum() / count

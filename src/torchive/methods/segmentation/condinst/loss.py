@@ -12,15 +12,15 @@ from torchive.ops.masks import IGNORED
 
 
 def sampled_masks(masks: Tensor, rows: Tensor | None, stride: int, canvas: tuple[int, int]) -> Tensor:
-    """Masks (L, H, W), or those of ``rows`` (n,), at every ``stride``-th pixel from ``stride // 2`` on.
-
-    (n, canvas height / stride, canvas width / stride), of the masks' type; zero outside the image.
+    """Where masks (L, H, W), or those of ``rows`` (n,), are not zero, at every ``stride``-th pixel from ``stride // 2``
+    on: (n, canvas height / stride, canvas width / stride) bool, false outside the image.
     """
     part = masks[:, stride // 2 :: stride, stride // 2 :: stride]
-    part = part if rows is None else part[rows]
-    full = part.new_zeros(part.shape[0], canvas[0] // stride, canvas[1] // stride)
-    full[:, : part.shape[1], : part.shape[2]] = part
-    return full
+    if rows is not None and len(rows) < len(masks):
+        part, rows = part[rows], None
+    full = part.new_zeros(part.shape[0], canvas[0] // stride, canvas[1] // stride, dtype=torch.bool)
+    full[:, : part.shape[1], : part.shape[2]] = part != 0  # once for each mask, not for each of its locations
+    return full if rows is None else full[rows]
 
 
 def choose(
@@ -63,7 +63,7 @@ def semantic_truth(target: dict[str, Tensor], stride: int, canvas: tuple[int, in
     if not len(masks):
         return rest
     order = torch.stack([mask.count_nonzero() for mask in masks]).argsort(stable=True)  # of all at once is slow
-    part = sampled_masks(masks, order, stride, canvas) != 0
+    part = sampled_masks(masks, order, stride, canvas)
     return torch.where(part.any(0), target["labels"][order][part.to(torch.uint8).argmax(0)], rest)
 
 

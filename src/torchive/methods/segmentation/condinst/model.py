@@ -202,6 +202,10 @@ class CondInst(nn.Module):
         (N, A, K), the root of class times centerness."""
         return scored_points(raw, size)
 
+    def score_cut(self, threshold: float) -> float:
+        """What scores of ``scored_boxes`` are compared with: the root of a threshold of class times centerness."""
+        return threshold**0.5
+
     def masks_of(self, raw: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         """Scores ``masks`` (N, D, h, w) of the locations ``rows`` (N, D), at ``mask_stride``, of the padded images.
 
@@ -233,7 +237,7 @@ class CondInst(nn.Module):
                     features[k], raw["filters"][k, where], raw["points"][where], raw["reach"][where], stride
                 )
                 scores = aligned_bilinear(logits.float(), stride // self.mask_stride).sigmoid()
-                truth = sampled_masks(target["masks"], row[mine] - start, self.mask_stride, canvas) != 0
+                truth = sampled_masks(target["masks"], row[mine] - start, self.mask_stride, canvas)
                 each.append(mask_dice(scores, truth.to(scores.dtype)))
             start += len(target["boxes"])
         if not each:

@@ -20,7 +20,7 @@ from torchive.nn.region_proposals import RegionProposals
 from torchive.nn.regions import region_maps
 from torchive.nn.two_stage import DetectsInForward
 from torchive.ops.images import box_factors, image_sizes, scale_targets, training_targets
-from torchive.ops.masks import check_masks, paste_masks, semantic_targets
+from torchive.ops.masks import IGNORED, check_masks, paste_masks, semantic_targets
 from torchive.ops.roi import pool_regions
 from torchive.ops.suppression import fixed_detections
 from torchive.structures import Detections
@@ -121,6 +121,7 @@ class HTC(DetectsInForward):
                 levels=len(levels),
                 level=min(range(len(levels)), key=lambda k: abs(self.strides[k] - 8)),
                 resize_first=resize_first,
+                embedding=bool(semantic_into),
             )
         self.semantic_loss = PixelCrossEntropy()
 
@@ -137,6 +138,9 @@ class HTC(DetectsInForward):
     def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """``loss_objectness``, ``loss_rpn_box_reg``, ``loss_semantic``, and of each stage ``loss_classifier``,
         ``loss_box_reg`` and ``loss_mask``, all as they are weighted in the sum (equation 6).
+
+        Raises:
+            ValueError: targets that do not fit, or a ``semantic`` map with a class beyond ``semantic_classes``.
         """
         x, sizes = self._batch(inputs)
         originals = image_sizes(inputs)
@@ -148,6 +152,7 @@ class HTC(DetectsInForward):
         if self.semantic is not None:
             logits = raw["semantic_logits"]
             truth = semantic_targets(targets, sizes, originals, logits.shape[2:], self.strides[self.semantic.level])
+            _check_classes(truth, logits.shape[1])
             losses["loss_semantic"] = self.semantic_weight * self.semantic_loss(logits, truth)
         proposals = self.rpn.training_proposals(raw, features.maps, sizes)
         for t, weight in enumerate(self.boxes.stage_weights):
@@ -227,6 +232,20 @@ class HTC(DetectsInForward):
             raw["semantic_logits"], embedding = self.semantic(maps)
             stride = self.strides[self.semantic.level]
         return Features(maps, self.strides, embedding, stride, self.semantic_into), raw
+
+
+def _check_classes(semantic: Tensor, count: int) -> None:
+    """Refuse maps (N, h, w) with a class that the branch does not have.
+
+    Raises:
+        ValueError: naming the image and the class.
+    """
+    wrong = (semantic != IGNORED) & ((semantic < 0) | (semantic >= count))
+    if bool(wrong.any()):
+        image = int(torch.nonzero(wrong)[0, 0])
+        raise ValueError(
+            f"target {image}: semantic maps must hold 0 to {count - 1} and {IGNORED}, got {int(semantic[wrong][0])}"
+        )
 
 
 @dataclass(frozen=True)

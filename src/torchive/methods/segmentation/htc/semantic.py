@@ -22,6 +22,7 @@ class FusedSemanticBranch(nn.Module):
         level: the map whose size the outputs have.
         depth: number of 3x3 convolutions.
         resize_first: the order of the release: the maps are resized before the 1x1 convolution.
+        embedding: whether there is an embedding; None stands in its place otherwise.
 
     Raises:
         ValueError: ``level`` is none of the maps.
@@ -36,6 +37,7 @@ class FusedSemanticBranch(nn.Module):
         level: int = 1,
         depth: int = 4,
         resize_first: bool = False,
+        embedding: bool = True,
     ) -> None:
         super().__init__()
         if not 0 <= level < levels:
@@ -47,10 +49,10 @@ class FusedSemanticBranch(nn.Module):
 
         self.lateral = nn.ModuleList(layer(1) for _ in range(levels))
         self.convs = nn.Sequential(*(layer(3) for _ in range(depth)))
-        self.embedding = layer(1)
+        self.embedding = layer(1) if embedding else None
         self.logits = nn.Conv2d(channels, num_classes, 1)
 
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         size = maps[self.level].shape[2:]
         total = None
         for k, (x, lateral) in enumerate(zip(maps, self.lateral, strict=True)):
@@ -60,7 +62,7 @@ class FusedSemanticBranch(nn.Module):
                 x = _resize(lateral(x), size) if k != self.level else lateral(x)
             total = x if total is None else total + x
         x = self.convs(total)
-        return self.logits(x), self.embedding(x)
+        return self.logits(x), None if self.embedding is None else self.embedding(x)
 
 
 def _resize(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -103,6 +103,22 @@ def areas_and_centroids(ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return sums[0], (sums[1:] / sums[0].clamp(min=1)).T
 
 
+def median_depths(depth: Tensor, ids: Tensor, count: int) -> Tensor:
+    """The median of a depth map (H, W) over each of the objects 1 to ``count`` of a map of ids: (count,), 0 for none.
+
+    Of an even number of pixels the lower one of the middle two, as ``torch.median``; pixels that are zero, below or not
+    finite were not measured and do not count.
+    """
+    known = (ids > 0) & (depth > 0) & depth.isfinite()
+    owner, value = ids[known] - 1, depth[known]
+    order = value.argsort()
+    order = order[owner[order].argsort(stable=True)]  # object by object, the nearest first
+    pixels = owner.bincount(minlength=count)
+    middle = pixels.cumsum(0) - pixels + (pixels - 1).clamp(min=0) // 2
+    found = torch.cat([value[order], value.new_zeros(1)])[middle]
+    return torch.where(pixels > 0, found, 0)
+
+
 def encode(target: dict[str, Tensor], size: tuple[int, int], encoding: Encoding) -> dict[str, Tensor]:
     """What the network is to say of one image.
 
@@ -111,9 +127,9 @@ def encode(target: dict[str, Tensor], size: tuple[int, int], encoding: Encoding)
     itself, zero at the centre. Where masks overlap the later lies on top; pixels of crowds are 255 in all three.
 
     Args:
-        target: ``masks`` (L, H, W), ``labels`` (L,); ``depth`` (L,), the distance of each object in the unit of the
-            encoding's range, otherwise its size stands in: the depth at which an object has the root of its visible
-            area as its side; ``iscrowd`` (L,).
+        target: ``masks`` (L, H, W), ``labels`` (L,); ``depth``, in the unit of the encoding's range, (L,) the distance
+            of each object or (H, W) of each pixel, whose ``median_depths`` are taken; where there is none, an object's
+            size stands in: the depth at which it has the root of its visible area as its side; ``iscrowd`` (L,).
         size: H and W.
         encoding: directions and depths.
     """
@@ -143,7 +159,12 @@ def encode(target: dict[str, Tensor], size: tuple[int, int], encoding: Encoding)
         ways = direction_classes(vectors.movedim(0, -1), encoding.directions) + 1
         truth["direction"] = torch.where(ignored, IGNORED, torch.where(there, ways, 0))
     if encoding.depths:
-        depth = target["depth"][~crowd] if "depth" in target else encoding.object_size / area.clamp(min=1).sqrt()
+        depth = encoding.object_size / area.clamp(min=1).sqrt()
+        if "depth" in target and target["depth"].ndim == 2:
+            median = median_depths(target["depth"], ids, count).to(depth)
+            depth = torch.where(median > 0, median, depth)
+        elif "depth" in target:
+            depth = target["depth"][~crowd]
         bins = depth_classes(depth.to(area), encoding.edges) + 1
         depths = bins[row] if count else torch.zeros_like(ids)
         truth["depth"] = torch.where(ignored, IGNORED, torch.where(there, depths, 0))

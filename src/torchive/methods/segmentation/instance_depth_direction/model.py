@@ -112,16 +112,19 @@ class InstanceDepthDirection(nn.Module):
     def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """``semantic``, ``depth`` and ``direction``, equally weighted. Targets have ``masks`` (L, H, W), too.
 
-        Optional: ``depth`` (L,), ``semantic`` (H, W), ``iscrowd`` (L,), whose pixels count nowhere.
+        Optional: ``depth`` (L,) of each object or (H, W) of each pixel, ``semantic`` (H, W), ``iscrowd`` (L,), whose
+        pixels count nowhere.
+
+        Raises:
+            ValueError: targets that do not fit; naming the image.
         """
         check_images(inputs, self.in_channels)
         sizes = image_sizes(inputs)
         targets = training_targets(targets, len(sizes), self.num_classes, crowds=True)
         check_masks(targets, sizes)
         for k, target in enumerate(targets):
-            depth = target.get("depth")
-            if depth is not None and (depth.shape != target["labels"].shape or not bool((depth > 0).all())):
-                raise ValueError(f"target {k}: expected {len(target['labels'])} depths above zero, got {depth}")
+            if "depth" in target:
+                _check_depth(target["depth"], k, len(target["labels"]), sizes[k])
         raw = self(inputs)
         canvas = raw["semantic"].shape[2:]
         truth: dict[str, list[Tensor]] = {}
@@ -169,6 +172,14 @@ class InstanceDepthDirection(nn.Module):
         ``leftover``, ``bias`` and ``candidates``.
         """
         return self.decode(self(inputs), image_sizes(inputs), **options)
+
+
+def _check_depth(depth: Tensor, image: int, count: int, size: tuple[int, int]) -> None:
+    wanted = f"target {image}: expected depth ({count},) of the objects, all above zero, or {size} of the pixels"
+    if tuple(depth.shape) not in ((count,), size):
+        raise ValueError(f"{wanted}, got {tuple(depth.shape)}")
+    if depth.ndim == 1 and not bool((depth > 0).all()):
+        raise ValueError(f"{wanted}, got {int((~(depth > 0)).sum())} of {count} that are not")
 
 
 class InstanceDecoder(nn.Module):

@@ -41,7 +41,7 @@ class PanopticFPN(DetectsInForward):
             joint one.
         channels: of the pyramid's maps and the mask branch.
         hidden: of the box stage's two layers.
-        width: of the semantic branch.
+        width: of the semantic branch; its norms have 32 groups, fewer where a group would have less than four channels.
         combine: how the semantic branch joins its maps: "add", the paper's, or "concat".
         image_size: shorter side to which images are resized (the paper's 800), the longer at most 5/3 of it; as they
             are if None.
@@ -121,7 +121,7 @@ class PanopticFPN(DetectsInForward):
             len(category),
             strides=[level.stride for level in semantic_strides],
             width=width,
-            groups=min(32, width),
+            groups=next(g for g in (32, 16, 8, 4, 2, 1) if g == 1 or (width % g == 0 and width >= 4 * g)),
             combine=combine,
         )
         self.finest = semantic_strides[0].stride

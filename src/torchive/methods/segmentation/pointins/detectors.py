@@ -36,10 +36,12 @@ class PointDetector(Protocol):
     """A dense detector over maps. ``cue`` names the raw output (N, A, 4) that says how large an object is.
 
     ``per_cell`` points stand on each cell of the maps; ``detections`` returns the points' rows beside each image's.
+    ``nms_threshold`` is the overlap that it is usually suppressed at.
     """
 
     cue: str
     per_cell: int
+    nms_threshold: float
 
     def raw(self, maps: Sequence[Tensor]) -> dict[str, Tensor]: ...
 
@@ -66,7 +68,7 @@ class FCOSPoints(nn.Module):
         prior: score of every class at the start.
     """
 
-    cue, per_cell = "distances", 1
+    cue, per_cell, nms_threshold = "distances", 1, 0.6
     interest: Tensor
 
     def __init__(
@@ -128,7 +130,7 @@ class RetinaNetPoints(nn.Module):
         ValueError: ``anchor_sizes`` do not fit the maps.
     """
 
-    cue = "deltas"
+    cue, nms_threshold = "deltas", 0.5
 
     def __init__(
         self,

@@ -166,6 +166,7 @@ class PointINS(nn.Module):
         image_sizes: Sequence[tuple[int, int]],
         *,
         mask_threshold: float = 0.5,
+        nms_threshold: float | None = None,
         **options: Any,
     ) -> list[Detections]:
         """Raw outputs to detections in pixels of ``image_sizes``; a mask is made for each that is left, no other.
@@ -173,6 +174,7 @@ class PointINS(nn.Module):
         Options as those of ``predict``.
         """
         boxes = self.detector.boxes(raw)
+        options["nms_threshold"] = self.detector.nms_threshold if nms_threshold is None else nms_threshold
         found = []
         for k, (detections, rows) in enumerate(self.detector.detections(raw, image_sizes, **options)):
             scores = self.masks(raw, k, rows).float().sigmoid()
@@ -187,13 +189,14 @@ class PointINS(nn.Module):
         *,
         score_threshold: float = 0.05,
         candidates: int = 1000,
-        nms_threshold: float = 0.6,
+        nms_threshold: float | None = None,
         max_detections: int = 100,
         mask_threshold: float = 0.5,
     ) -> list[Detections]:
         """One ``Detections`` per image, boxes and masks in pixels of the image that went in.
 
-        ``score_threshold`` is of the class, with FCOS of class times centerness, whose root is the score given.
+        ``score_threshold`` is of the class, with FCOS of class times centerness, whose root is the score given. If
+        ``nms_threshold`` is None, overlaps above 0.6 are suppressed with FCOS and above 0.5 with RetinaNet.
         """
         return self.decode(
             self(inputs),
@@ -205,10 +208,19 @@ class PointINS(nn.Module):
             mask_threshold=mask_threshold,
         )
 
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """What ``predict`` takes where its ``nms_threshold`` is None."""
+        return {"nms_threshold": self.detector.nms_threshold}
+
     def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """What ``predict`` suppresses: boxes (N, A, 1, 4) in pixels of images of ``size`` (height, width), scores
         (N, A, K), with FCOS the root of class times centerness."""
         return self.detector.scored(raw, size)
+
+    def score_cut(self, threshold: float) -> float:
+        """What scores of ``scored_boxes`` are compared with: with FCOS the root of a threshold of the product."""
+        return threshold**0.5 if isinstance(self.detector, FCOSPoints) else threshold
 
     def masks_of(self, raw: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         """Scores ``masks`` (N, D, 2k, 2k) of the points ``rows`` (N, D), and ``mask_boxes`` (N, D, 4), in pixels, over
