@@ -87,7 +87,8 @@ def test_the_boxes_are_those_of_predict(name: str) -> None:
         assert bool((got["labels"][k][~there] == 0).all())
 
 
-@pytest.mark.parametrize("name", [n if n == "yolov3" else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(METHODS))
 def test_a_file_gives_the_same_boxes_at_two_sizes(name: str, tmp_path: Path) -> None:
     import onnx
 
