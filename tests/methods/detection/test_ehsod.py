@@ -307,6 +307,8 @@ def test_the_baseline_does_not_compute_what_it_does_not_use() -> None:
     assert set(losses) == {"loss_objectness", "loss_rpn_box_reg"} | {
         f"stage{t}.loss_{name}" for t in range(3) for name in ("classifier", "box_reg")
     }
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in net.parameters() if parameter.requires_grad)
     assert net.eval()(images).keys() == EHSOD(**SMALL).eval()(images).keys()
     for option in ({"cam_weight": 1.0}, {"image_weight": 1.0}, {"rank_by": "sum"}, {"mine": True}):
         other = EHSOD(**SMALL, **{**plain, **option})

@@ -120,6 +120,8 @@ class EHSOD(DetectsRegions):
         self.cam = CamBranch(channels, num_classes)
         self.boxes = BoxCascade(channels, num_classes, stages=stages, hidden=hidden, rois_per_image=rois_per_image)
         self.image_heads = nn.ModuleList(ImageHead(hidden, num_classes) for _ in range(stages))
+        self.cam.requires_grad_(self.mapped)  # several processes must know what no step computes
+        self.image_heads.requires_grad_(self.judged)
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
         """Raw outputs, P proposals of each image in fixed shapes, boxes in pixels of the batch.
