@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torchive.engine.export import OnnxModel, _roomy, export_model, gap_to_torch
 from torchive.methods.detection.guided_anchoring import GuidedRetinaNet
 from torchive.methods.segmentation.condinst.upsampling import aligned_bilinear
 from torchive.nn.retinanet import RetinaNet
+from torchive.ops.anchors import grid_anchors
 from torchive.ops.masks import paste_masks
 
 SMALL: dict[str, Any] = {"backbone": "timm/mobilenetv3_small_050", "num_classes": 3}
@@ -253,9 +255,37 @@ def test_an_example_is_as_large_as_the_model_says() -> None:
     assert _roomy(model, torch.rand(2, 3, 16, 40)).shape == (2, 3, 32, 40)
 
 
-def test_export_writes_both_files(tmp_path: Path) -> None:
-    model, _ = build("yolov3")
-    report = export_model(model, tmp_path, torch.rand(3, 3, 128, 128))
+class Cells(nn.Module):
+    """Two classes, and a box for each cell of 16 pixels: as much as a file of its own needs."""
+
+    task = "detection"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 16, stride=16)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"maps": 8 * self.conv(images)}
+
+    def predict(
+        self,
+        inputs: torch.Tensor,
+        *,
+        score_threshold: float = 0.3,
+        nms_threshold: float = 0.5,
+        max_detections: int = 20,
+    ) -> list[Any]:
+        raise NotImplementedError
+
+    def scored_boxes(self, raw: dict[str, torch.Tensor], size: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out = raw["maps"].flatten(2).mT  # (N, P, 6)
+        cells = grid_anchors(raw["maps"].shape[2:], 16, torch.tensor([[0.0, 0, 16, 16]]))
+        return (cells + out[..., 2:])[:, :, None], out[..., :2].sigmoid()
+
+
+@pytest.mark.parametrize("make", [Cells, pytest.param(lambda: build("yolov3")[0], marks=pytest.mark.slow, id="yolov3")])
+def test_export_writes_both_files(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    report = export_model(make(), tmp_path, torch.rand(3, 3, 128, 128))
     assert report.detector is not None
     assert report.detector.gap < 1e-3
     assert "decoded" in str(report)

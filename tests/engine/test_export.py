@@ -51,6 +51,7 @@ def test_a_classifier_keeps_its_outputs_and_its_score(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "export.json").read_text())["onnx"]["score"] == {"accuracy": 1.0}
 
 
+@pytest.mark.slow
 def test_a_converted_network_exports(tmp_path: Path) -> None:
     model = timm.create_model("resnet10t", num_classes=3).eval()
     convert(model, "dynamic_relu", variant="C")

@@ -39,7 +39,8 @@ def annotations(tmp_path: Path) -> str:
     return f"coco:{tmp_path}/{{split}}.json,{tmp_path}/{{split}}/"
 
 
-@pytest.mark.parametrize("image_size", [None, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("image_size", [None, 64])
 def test_a_detector_of_images_that_differ_in_size(annotations: str, image_size: int | None, tmp_path: Path) -> None:
     """The file scores what the model scores, image by image; both files are run at two sizes."""
     recipe = resolve_recipe(

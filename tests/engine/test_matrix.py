@@ -10,8 +10,12 @@ import pytest
 from torchive.catalogue.matrix import recorded_matrix
 from torchive.engine.matrix import GAP, NETWORKS, Cell, blocks, measure_cell, record_matrix
 
-#: One network for each block, another for the next one.
-SAMPLE = [(method, list(NETWORKS)[place % len(NETWORKS)]) for place, method in enumerate(blocks())]
+#: One network for each block, another for the next one; one of them is measured among the fast tests.
+FAST = "emanet"
+SAMPLE = [
+    pytest.param(method, list(NETWORKS)[place % len(NETWORKS)], marks=[] if method == FAST else [pytest.mark.slow])
+    for place, method in enumerate(blocks())
+]
 
 
 def test_every_block_stands_in_it_with_every_network_and_none_fails() -> None:
