@@ -107,7 +107,7 @@ def _evaluate(a: argparse.Namespace) -> int:
 def _predict(a: argparse.Namespace) -> int:
     from torchive.engine.predict import predict
 
-    return int(predict(Path(a.run), a.sources, Path(a.out)).exit_status)
+    return int(predict(Path(a.run), a.sources, Path(a.out), threshold=a.threshold).exit_status)
 
 
 def _export(a: argparse.Namespace) -> int:
@@ -251,6 +251,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("run", help="run folder")
     p.add_argument("sources", nargs="+", help="files, folders or globs")
     p.add_argument("--out", default="predictions")
+    p.add_argument(
+        "--threshold", type=float, default=0.3, help="objects below this score are not drawn; the JSON holds them all"
+    )
 
     p = verb("export", _export, "write a run's model as ONNX, run it at two sizes, and score it")
     p.add_argument("run", help="run folder")

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from tests.engine.toys import toy_recipe, toy_samples
 
+from torchive.cli import main
 from torchive.engine.predict import predict
 from torchive.engine.predictions import run_lengths, to_source, values_of
 from torchive.engine.recipe import RecipeError
@@ -70,6 +71,18 @@ def test_a_folder_with_good_and_bad_files(task: str, runs: Path, photos: Path, t
             mask = np.array(Image.open(out / values["mask"]))
             assert mask.shape == (height, width)
             assert values["shares"]["bright"] == pytest.approx((mask == 1).mean(), abs=1e-5)
+
+
+def test_what_is_drawn_is_asked_for_on_the_command_line(runs: Path, photos: Path, tmp_path: Path) -> None:
+    """Above every score the picture is the photograph; the JSON is the same."""
+    drawn = {}
+    for threshold in ("0", "1.1"):
+        out = tmp_path / threshold
+        words = ["predict", str(runs / "detection"), str(photos / "a.png"), "--out", str(out), "--threshold", threshold]
+        assert main(words) == 0
+        drawn[threshold] = (out / "a.png").read_bytes(), json.loads((out / "a.json").read_text())["objects"]
+    assert drawn["0"][0] != drawn["1.1"][0]
+    assert drawn["0"][1] == drawn["1.1"][1] != []
 
 
 def test_files_globs_and_what_is_not_there(runs: Path, photos: Path, tmp_path: Path) -> None:
