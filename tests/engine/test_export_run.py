@@ -74,7 +74,7 @@ def test_a_detector_of_images_that_differ_in_size(annotations: str, image_size: 
 
 class Plain(torch.nn.Module):
     def predict(self, inputs: torch.Tensor) -> list[str]:
-        raise NotImplementedError
+        return []  # only its signature is read
 
 
 class Decoding(Plain):

@@ -20,6 +20,7 @@ from torchive.ops.anchors import default_boxes, default_scales, default_shapes
 from torchive.ops.boxes import code_iou, decode_boxes, encode_boxes
 from torchive.ops.images import check_images, image_sizes, side_factors, stack_resized, training_targets
 from torchive.ops.matching import hard_negatives, match_default_boxes
+from torchive.ops.suppression import has_area
 from torchive.structures import Detections
 
 Mode = Literal["softmax", "sigmoid"]
@@ -30,8 +31,6 @@ TORCHVISION_STEPS = (8, 16, 32, 64, 100, 300)
 
 #: Variances 0.1 and 0.2 as weights of the code.
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
-#: Smaller sides, in pixels, are no box.
-SMALLEST = 1e-2
 
 
 def source_shapes(sources: int, box_set: BoxSet = "paper") -> list[list[tuple[float, float]]]:
@@ -229,7 +228,7 @@ def decode_multibox(
     found = []
     for box, score, index, (height, width) in zip(boxes, best, where, image_sizes, strict=True):
         box = box[index] * box.new_tensor([width, height, width, height])  # (K, candidates, 4)
-        sure = (score > score_threshold) & ((box[..., 2:] - box[..., :2]).amin(-1) >= SMALLEST)
+        sure = (score > score_threshold) & has_area(box)
         box, score, label = box[sure], score[sure], labels[sure]
         kept = torchvision.ops.batched_nms(box, score, label, nms_threshold)[:max_detections]
         found.append(Detections(box[kept], label[kept], score[kept]))

@@ -196,7 +196,7 @@ def training_targets(
         found.append({**target, "labels": labels.long()})
     if found:
         _check_values(found, num_classes)
-    return found if crowds else [_without_crowds(target) for target in found]
+    return found if crowds else [without_crowds(target) for target in found]
 
 
 def _check_values(targets: Sequence[dict[str, Tensor]], num_classes: int) -> None:
@@ -216,7 +216,8 @@ def _check_values(targets: Sequence[dict[str, Tensor]], num_classes: int) -> Non
             )
 
 
-def _without_crowds(target: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_crowds(target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One of ``training_targets``, which had the crowds left in, without them."""
     crowd = target["iscrowd"].bool() if "iscrowd" in target else None
     if crowd is None or not bool(crowd.any()):
         return target

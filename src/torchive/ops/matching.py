@@ -19,17 +19,11 @@ def match_anchors(anchors: Tensor, boxes: Tensor, matcher: Matcher) -> Tensor:
 
     A box that no anchor overlaps has none; torchvision's matcher would give it all that overlap it as well, by zero.
     """
-    if not len(boxes) or not len(anchors):
-        return torch.full_like(anchors[:, 0], NEGATIVE, dtype=torch.int64)
     overlap = box_iou(boxes.to(anchors), anchors)  # (L, A)
-    reached = overlap.amax(1) > 0
-    if bool(reached.all()):
-        found: Tensor = matcher(overlap)
-        return found
-    rows = torch.nonzero(reached)[:, 0]
+    rows = torch.nonzero((overlap > 0).any(1))[:, 0]  # of the boxes that an anchor reaches
     if not len(rows):
         return torch.full_like(anchors[:, 0], NEGATIVE, dtype=torch.int64)
-    found = matcher(overlap[rows])
+    found: Tensor = matcher(overlap if len(rows) == len(boxes) else overlap[rows])
     return torch.where(found >= 0, rows[found.clamp(min=0)], found)
 
 

@@ -9,6 +9,11 @@ from torch import Tensor
 from torchive.ops.boxes import keep_after_nms
 
 
+def has_area(boxes: Tensor) -> Tensor:
+    """Whether boxes (..., 4) in pixels have sides of a hundredth of a pixel at least: (...,) bool."""
+    return (boxes[..., 2:] - boxes[..., :2]).amin(-1) >= 1e-2
+
+
 def best_detections(
     boxes: Tensor,
     scores: Tensor,
@@ -28,7 +33,7 @@ def best_detections(
         nms_threshold: overlap above which the lower score of a class goes.
         max_detections: D at most.
     """
-    sure = (scores > score_threshold) & ((boxes[..., 2:] - boxes[..., :2]).amin(-1) >= 1e-2)
+    sure = (scores > score_threshold) & has_area(boxes)
     row, label = torch.nonzero(sure, as_tuple=True)
     box = boxes[row, label if boxes.shape[1] > 1 else torch.zeros_like(label)]
     score = scores[row, label]
@@ -64,7 +69,7 @@ def fixed_detections(
     row, label = torch.div(pair, classes, rounding_mode="floor"), pair % classes
     place = row * boxes.shape[2] + (label if boxes.shape[2] > 1 else 0)
     box = boxes.flatten(1, 2).gather(1, place[..., None].expand(-1, -1, 4))  # (N, M, 4)
-    sure = (score > score_threshold) & ((box[..., 2:] - box[..., :2]).amin(-1) >= 1e-2)
+    sure = (score > score_threshold) & has_area(box)
     score = score.masked_fill(~sure, -1)
     if torch.compiler.is_compiling():
         group = torch.arange(box.shape[0], device=box.device)[:, None] * classes + label

@@ -27,7 +27,7 @@ from torchive.nn.regions import (
     take_regions,
 )
 from torchive.nn.two_stage import DetectsRegions
-from torchive.ops.images import image_sizes, scale_targets, training_targets
+from torchive.ops.images import image_sizes, scale_targets, training_targets, without_crowds
 from torchive.ops.roi import pool_regions
 from torchive.structures import Detections
 
@@ -145,7 +145,7 @@ class EHSOD(DetectsRegions):
         """
         x, sizes = self._batch(inputs)
         whole = training_targets(targets, len(x), self.num_classes, crowds=True)
-        targets = scale_targets(training_targets(whole, len(x), self.num_classes), sizes, image_sizes(inputs))
+        targets = scale_targets([without_crowds(target) for target in whole], sizes, image_sizes(inputs))
         boxed = torch.tensor([bool(t.get("has_boxes", True)) for t in targets], device=x.device)
         present = torch.stack([self._shown(target, k) for k, target in enumerate(whole)])  # a crowd is shown, too
         maps = self.backbone(x)
