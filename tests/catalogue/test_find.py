@@ -107,6 +107,10 @@ MORE = {
     "3d point clouds": "survey_detection_2d3d",
     "how to label fewer images": "batchbald tri_training simclr ehsod",
     "overfitting on small dataset": "adaptive_label_reg",
+    "crowded masks": "condinst instance_depth_direction",
+    "touching cells": "instance_depth_direction",
+    "objects that hide each other": "condinst instance_depth_direction pointins",
+    "crowd": "condinst instance_depth_direction",
 }
 
 # Nothing in the archive answers these.

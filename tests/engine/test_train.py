@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -260,15 +261,15 @@ def test_optimisers_over_the_parameters_that_are_trained() -> None:
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """``start(folder, steps=60)`` trains in a process of its own, forked from a server that has imported all."""
+    """``start(folder, steps=60, workers=0)``: training as a process of its own, forked from one that has imported all."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["tests.engine.toys", "torchive.engine.train", "torch.utils.tensorboard", "accelerate"]
     )
 
-    def begin(out: Path, steps: int = 60) -> Any:
-        process = context.Process(target=train_toy, args=(str(out), steps))
+    def begin(out: Path, steps: int = 60, workers: int = 0) -> Any:
+        process = context.Process(target=train_toy, args=(str(out), steps, workers))
         process.start()
         return process
 
@@ -313,3 +314,19 @@ def test_ctrl_c_ends_with_a_checkpoint(tmp_path: Path, start: Any) -> None:
     os.kill(process.pid, signal.SIGINT)
     assert _end(process) == 130
     assert load_checkpoint(tmp_path / "last.safetensors").values["step"] >= before
+
+
+def test_a_kill_that_reaches_the_workers_first_ends_with_a_checkpoint(tmp_path: Path, start: Any) -> None:
+    process = start(tmp_path, 100_000, workers=1)
+    _wait_for(tmp_path / "last.safetensors", process)
+    before = load_checkpoint(tmp_path / "last.safetensors").values["step"]
+    workers = psutil.Process(process.pid).children()
+    assert workers
+    for worker in workers:
+        worker.terminate()
+    time.sleep(0.3)  # time for the training to miss them
+    assert process.is_alive()
+    process.terminate()
+    assert _end(process) == 130
+    assert load_checkpoint(tmp_path / "last.safetensors").values["step"] >= before
+    assert not any(worker.is_running() for worker in workers)

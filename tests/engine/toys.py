@@ -236,11 +236,11 @@ class Bursting(nn.Module):
         return [Classification(s) for s in self(inputs).softmax(1)]
 
 
-def train_toy(out: str, steps: int) -> None:
+def train_toy(out: str, steps: int, workers: int = 0) -> None:
     """One toy run as a program: exits with 130 where it was interrupted."""
     from torchive.engine.train import train
 
     torch.set_num_threads(1)
-    recipe = toy_recipe(train={"steps": steps, "checkpoint_every": 4, "evaluate_every": 10})
+    recipe = toy_recipe(data={"workers": workers}, train={"steps": steps, "checkpoint_every": 4, "evaluate_every": 10})
     result = train(recipe, Path(out), samples=toy_samples("classification"), progress=False)
     sys.exit(130 if result.interrupted else 0)

@@ -76,6 +76,8 @@ SAME = (
     ("landmarks", "keypoints", "key points"),
     ("medical", "ct", "mri", "x ray", "radiology", "biomedical", "microscopy", "clinical"),
     ("instance segmentation", "mask of each object", "object masks"),
+    ("overlapping objects", "touching objects", "crowded", "crowd", "occlusion", "occluded", "hide each other",
+     "hidden objects"),
     ("segmentation", "segment", "pixel labels"),
     ("detect objects", "object detection", "find objects", "count", "bounding boxes", "detector", "detection"),
     ("small objects", "tiny objects", "small targets"),

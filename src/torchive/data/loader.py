@@ -4,6 +4,7 @@ resumed.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ class Loader:
                 persistent_workers=True,
                 multiprocessing_context=worker_context(),
                 collate_fn=_same,
+                worker_init_fn=_leave_to_caller,
                 generator=torch.Generator().manual_seed(0),  # else the loader would draw from the global one
             )
 
@@ -138,6 +140,13 @@ class Loader:
     def close(self) -> None:
         """End the worker processes."""
         self._loader = None
+
+
+def _leave_to_caller(_worker: int) -> None:
+    """A kill of the whole process group stops the caller after its step, which needs its workers until then: a worker
+    overhears the first one. Torch's own handler would end it, and the caller with an error.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _frame: signal.signal(number, signal.SIG_DFL))
 
 
 @dataclass(frozen=True)
