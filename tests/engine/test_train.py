@@ -261,7 +261,7 @@ def test_optimisers_over_the_parameters_that_are_trained() -> None:
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """``start(folder, steps=60, workers=0)``: training as a process of its own, forked from a server that imported all."""
+    """``start(folder, steps=60, workers=0)`` trains in a process of its own, forked from a server that imported all."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
