@@ -157,17 +157,8 @@ class RetinaNet(DenseDetector):
         """
         x, sizes = self._batch(inputs)
         maps = self.backbone(x)
-        scores, boxes = self.head.classification_head, self.head.regression_head
         cells: list[Tensor] = [getattr(self, f"cell{k}") for k in range(len(maps))]
-        anchors = [grid_anchors(m.shape[2:], s, c) for m, s, c in zip(maps, self.strides, cells, strict=True)]
-        return {
-            # torchvision's own views make sizes that are not known an expression which an export takes minutes to solve
-            "logits": _rows([scores.cls_logits(scores.conv(m)) for m in maps], self.num_classes),
-            "deltas": _rows([boxes.bbox_reg(boxes.conv(m)) for m in maps], 4),
-            "anchors": torch.cat(anchors),
-            "levels": torch.cat([torch.full_like(a[:, 0], k, dtype=torch.int64) for k, a in enumerate(anchors)]),
-            "sizes": sizes,
-        }
+        return tower_rows(self.head, maps) | lay_anchors(maps, self.strides, cells) | {"sizes": sizes}
 
     def losses(self, inputs: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """``classification`` and ``localisation``; without boxes the second is zero."""
@@ -183,6 +174,27 @@ class RetinaNet(DenseDetector):
             localisation=self.localisation_loss,
             normaliser=self.normaliser,
         )
+
+
+def tower_rows(head: RetinaNetHead, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """``logits`` (N, A, K) and ``deltas`` (N, A, 4) of maps (N, C, H, W), map by map, row by row, cell by cell.
+
+    As torchvision's ``head(maps)``, whose views make sizes that are not known an expression which an export takes
+    minutes to solve.
+    """
+    scores, boxes = head.classification_head, head.regression_head
+    return {
+        "logits": _rows([scores.cls_logits(scores.conv(m)) for m in maps], scores.num_classes),
+        "deltas": _rows([boxes.bbox_reg(boxes.conv(m)) for m in maps], 4),
+    }
+
+
+def lay_anchors(maps: Sequence[Tensor], strides: Sequence[int], cells: Sequence[Tensor]) -> dict[str, Tensor]:
+    """``anchors`` (A, 4) of the maps in pixels, each map's own cell (B, 4) at every place, and ``levels`` (A,), the
+    number of each anchor's map."""
+    anchors = [grid_anchors(m.shape[2:], s, c) for m, s, c in zip(maps, strides, cells, strict=True)]
+    levels = [torch.full_like(a[:, 0], k, dtype=torch.int64) for k, a in enumerate(anchors)]
+    return {"anchors": torch.cat(anchors), "levels": torch.cat(levels)}
 
 
 def dense_loss(

@@ -22,8 +22,8 @@ from torchive.nn.fcos import (
     scored_points,
 )
 from torchive.nn.prior import init_classifier
-from torchive.nn.retinanet import dense_loss
-from torchive.ops.anchors import cell_anchors, grid_anchors
+from torchive.nn.retinanet import dense_loss, lay_anchors, tower_rows
+from torchive.ops.anchors import cell_anchors
 from torchive.ops.boxes import clip_to, decode_boxes
 from torchive.ops.matching import match_anchors
 from torchive.structures import Detections
@@ -156,12 +156,8 @@ class RetinaNetPoints(nn.Module):
 
     def raw(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         """``logits``, ``deltas``, ``anchors`` and ``levels`` of A anchors."""
-        out: dict[str, Tensor] = self.head(list(maps))
         cells: list[Tensor] = [getattr(self, f"cell{k}") for k in range(len(maps))]
-        anchors = [grid_anchors(m.shape[2:], s, c) for m, s, c in zip(maps, self.strides, cells, strict=True)]
-        levels = [torch.full_like(a[:, 0], k, dtype=torch.int64) for k, a in enumerate(anchors)]
-        flat = {"anchors": torch.cat(anchors), "levels": torch.cat(levels)}
-        return {"logits": out["cls_logits"], "deltas": out["bbox_regression"]} | flat
+        return tower_rows(self.head, maps) | lay_anchors(maps, self.strides, cells)
 
     def match(self, raw: dict[str, Tensor], targets: Targets) -> Tensor:
         """The row (N, A) of its image's target that each anchor learns, below zero for none."""
