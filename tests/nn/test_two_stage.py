@@ -50,11 +50,11 @@ def test_proposals_are_detections_only_where_that_is_said() -> None:
     assert found.boxes.tolist() == [[0, 0, 16, 16], [8, 8, 32, 32]]
 
 
-@pytest.mark.parametrize("stage", [None, torch.nn.Identity()])
-def test_a_detector_without_second_stage_says_so(stage: torch.nn.Module | None) -> None:
+@pytest.mark.parametrize("only", [True, False])
+def test_a_detector_without_second_stage_says_so(only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = DetectsRegions()
-    model.roi_heads = stage
-    if stage is None:
+    monkeypatch.setattr(model, "_coding", lambda: {"proposals_only": only})
+    if only:
         assert len(model.decode(RAW, [(16, 16)])[0]) == 2
         assert model.scored_boxes(RAW, (16, 16))[1].shape == (1, 3, 1)
     else:

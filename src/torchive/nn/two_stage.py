@@ -27,15 +27,12 @@ class TwoStage(nn.Module):
 
 
 class DetectsRegions(TwoStage):
-    """A detector whose regions, suppressed after ``forward``, are its detections.
-
-    Where it has ``roi_heads`` and that is None, there is no second stage and its proposals are the detections.
-    """
+    """A detector whose regions, suppressed after ``forward``, are its detections."""
 
     def scored_boxes(self, raw: dict[str, Tensor], size: Sequence[int]) -> tuple[Tensor, Tensor]:
         """What ``predict`` suppresses: boxes (N, P, K, 4) or (N, P, 1, 4) in pixels of images of ``size`` (height,
         width), scores (N, P, K); of proposals alone (N, P, 1, 4) and (N, P, 1)."""
-        return scored_regions(self._final(raw), size, **self._options())
+        return scored_regions(self._final(raw), size, **self._coding())
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -47,18 +44,16 @@ class DetectsRegions(TwoStage):
     ) -> list[Detections]:
         """Raw outputs to detections in pixels of ``image_sizes``; options as those of ``predict``."""
         given = {name: value for name, value in options.items() if value is not None}
-        return decode_regions(self._final(raw), image_sizes, **self._options(), **{**self.thresholds, **given})
+        return decode_regions(self._final(raw), image_sizes, **self._coding(), **{**self.thresholds, **given})
 
     def _final(self, raw: dict[str, Tensor]) -> dict[str, Tensor]:
         """The raw outputs as ``decode_regions`` takes them."""
         return raw
 
     def _coding(self) -> dict[str, Any]:
-        """How class scores and boxes are coded, as options of ``class_boxes``."""
+        """How class scores and boxes are coded, as options of ``class_boxes``; ``proposals_only`` without a second
+        stage."""
         return {}
-
-    def _options(self) -> dict[str, Any]:
-        return {"proposals_only": True} if getattr(self, "roi_heads", self) is None else self._coding()
 
 
 class DetectsInForward(TwoStage):
@@ -74,9 +69,8 @@ class DetectsInForward(TwoStage):
     def detect(self, inputs: Tensor | Sequence[Tensor], **options: Any) -> dict[str, Tensor]:
         """Raw outputs, as of ``forward``, under other thresholds: ``score_threshold``, ``nms_threshold``,
         ``max_detections`` and ``candidates`` as of ``fixed_detections``, those of ``forward`` where not given."""
-        return self._detect(inputs, **{**self.detected, **options})
-
-    def _detect(self, inputs: Tensor | Sequence[Tensor], **options: Any) -> dict[str, Tensor]:
-        """Raw outputs under other thresholds; under its own by ``forward``, in whose place an exported file stands."""
-        raw: dict[str, Tensor] = self(inputs) if options == self.detected else self._raw(inputs, **options)
-        return raw
+        options = {**self.detected, **options}
+        if options == self.detected:  # by ``forward``, in whose place an exported file may stand
+            raw: dict[str, Tensor] = self(inputs)
+            return raw
+        return self._raw(inputs, **options)

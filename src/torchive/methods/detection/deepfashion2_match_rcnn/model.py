@@ -208,7 +208,7 @@ class MatchRCNN(DetectsInForward):
         ``keypoints`` (L, P, 2) are zero outside the run of each item's class; ``features`` (L, E)
         are what ``match`` and ``retrieve`` take.
         """
-        raw = self._detect(
+        raw = self.detect(
             inputs, score_threshold=score_threshold, nms_threshold=nms_threshold, max_detections=max_detections
         )
         return self.decode(raw, image_sizes(inputs), mask_threshold=mask_threshold)

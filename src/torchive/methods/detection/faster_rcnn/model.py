@@ -213,7 +213,7 @@ class FasterRCNN(DetectsRegions):
         )
 
     def _coding(self) -> dict[str, Any]:
-        return {"sigmoid": self.sigmoid}
+        return {"proposals_only": True} if self.roi_heads is None else {"sigmoid": self.sigmoid}
 
     def _propose(self, x: Tensor, condition: Tensor | None) -> tuple[list[Tensor], dict[str, Tensor]]:
         if condition is not None and condition.shape != (len(x), self.condition_channels):

@@ -186,7 +186,7 @@ class GuidedAnchoring(DetectsRegions):
         )
 
     def _coding(self) -> dict[str, Any]:
-        return {"weights": REGION_CODE}
+        return {"proposals_only": True} if self.roi_heads is None else {"weights": REGION_CODE}
 
     def _propose(self, maps: Sequence[Tensor], *, everywhere: bool) -> dict[str, Tensor]:
         raw: dict[str, Tensor] = (

@@ -195,7 +195,7 @@ class HTC(DetectsInForward):
         mask_threshold: float = 0.5,
     ) -> list[Detections]:
         """One ``Detections`` with masks per image, in pixels of the image that went in."""
-        raw = self._detect(
+        raw = self.detect(
             inputs, score_threshold=score_threshold, nms_threshold=nms_threshold, max_detections=max_detections
         )
         return self.decode(raw, image_sizes(inputs), mask_threshold=mask_threshold)

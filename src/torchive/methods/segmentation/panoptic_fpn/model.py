@@ -214,7 +214,7 @@ class PanopticFPN(DetectsInForward):
 
         ``instance_threshold``, ``overlap`` and ``stuff_area`` are those of ``torchive.ops.panoptic.merge``.
         """
-        raw = self._detect(
+        raw = self.detect(
             inputs, score_threshold=score_threshold, nms_threshold=nms_threshold, max_detections=max_detections
         )
         return self.decode(
