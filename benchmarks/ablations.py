@@ -7,16 +7,16 @@ in noise. Every arm of a seed starts from that seed and learns the same images i
 a cosine; 64 scenes that it never saw score it. Printed are means over seeds in percent, and against the first arm the
 difference in points with its 95 % t-interval; the time is the processor's for a prediction of one image.
 
-``tsd`` the ordinary head at about equal multiplications, TSD without and with the progressive constraint. ``htc`` its
-switches one after the other, and the semantic branch into boxes or masks alone; also the norm of the backbone's
-gradient over the last 50 steps. ``thundernet`` context and attention alone and together, attention from a convolution
-of its own; and SSDLite on images so large that it multiplies as often. ``light_head_rcnn`` its heads and R-FCN's at
-100, 300 and 900 regions in test. ``ehsod`` boxes of a fifth of the images, without and with the labels of the others,
-these also at a tenth of their weight, and boxes of all; the batches are the same, so that the first two see as many
-boxes. ``panoptic_fpn`` one network against two smaller ones, with two kinds of stuff, and its own choices. ``netnet``
-fusion, erasing and transferring. ``yolov3`` tiny, with focal objectness and with one map only; also what objectness
-background and objects have. ``condinst`` without coordinates, without filters of their own, and Mask R-CNN;
-``pointins`` without weights of their own, and CondInst.
+``tsd`` the ordinary head and two separate ones at about equal multiplications, TSD without and with the progressive
+constraint. ``htc`` its switches one after the other, and the semantic branch into boxes or masks alone; also the norm
+of the backbone's gradient over the last 50 steps. ``thundernet`` context and attention alone and together, attention
+from a convolution of its own; and SSDLite on images so large that it multiplies as often. ``light_head_rcnn`` its
+heads and R-FCN's at 100, 300 and 900 regions in test. ``ehsod`` boxes of a fifth of the images, without and with the
+labels of the others, these also at a tenth of their weight, and boxes of all; the batches are the same, so that the
+first two see as many boxes. ``panoptic_fpn`` one network against two smaller ones, with two kinds of stuff, and its
+own choices. ``netnet`` fusion, erasing and transferring. ``yolov3`` tiny, with focal objectness and with one map
+only; also what objectness background and objects have. ``condinst`` without coordinates, without filters of their
+own, and Mask R-CNN; ``pointins`` without weights of their own, and CondInst.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ STUDIES = {
         {**TWO_STAGE, "inter_channels": 32, "samples": 2},
         {
             "ordinary head": {"head": "sibling", "hidden": 140},
+            "separate heads": {"head": "separate", "hidden": 80},
             "without the constraint": {"margin": None},
             "TSD": {},
         },
