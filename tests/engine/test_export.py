@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchive import convert
-from torchive.engine.export import GAP, ExportError, export_model
+from torchive.engine.export import GAP, ExportError, OnnxModel, export_model
 from torchive.nn import Classifier
 
 
@@ -56,6 +56,25 @@ def test_a_converted_network_exports(tmp_path: Path) -> None:
     model = timm.create_model("resnet10t", num_classes=3).eval()
     convert(model, "dynamic_relu", variant="C")
     assert export_model(model, tmp_path, torch.rand(3, 3, 64, 96)).onnx.gap < GAP
+
+
+class Windows(nn.Module):
+    """A part like Swin's: its file is made for one size."""
+
+    one_size_in_files = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.unfold(3, 4, 4).mean(-1)
+
+
+def test_a_part_may_keep_the_size_of_its_file(tmp_path: Path) -> None:
+    model, inputs = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Windows()), torch.rand(4, 3, 16, 12)
+    report = export_model(model, tmp_path, inputs)
+    assert report.onnx.gap < GAP
+    assert list(report.onnx.gaps) == ["4x3x16x12", "3x3x16x12"]
+    (taken,) = OnnxModel(tmp_path / "model.onnx").session.get_inputs()
+    assert taken.shape[1:] == [3, 16, 12]
+    assert isinstance(taken.shape[0], str), "the batch stays free"
 
 
 class Branches(nn.Module):

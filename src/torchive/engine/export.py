@@ -106,7 +106,8 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path, *, dynamic: Sequen
     """Write a model's ``forward`` as an ONNX file, atomically.
 
     Args:
-        example: an input; axes in ``dynamic`` stay free in the file and must be at least 2 long in it.
+        example: an input; axes in ``dynamic`` stay free in the file and must be at least 2 long in it. Height and
+            width do not where the model ``keeps_size``.
 
     Returns:
         How the outputs nest, for ``OnnxModel``.
@@ -114,7 +115,8 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path, *, dynamic: Sequen
     Raises:
         ExportError: ``torch.export`` or the translation refuses; the message holds the first line of the reason.
     """
-    axes = {axis: torch.export.Dim.AUTO for axis in dynamic if axis < example.ndim}
+    free = min(example.ndim, 2) if keeps_size(model) else example.ndim
+    axes = {axis: torch.export.Dim.AUTO for axis in dynamic if axis < free}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -129,6 +131,11 @@ def write_onnx(model: nn.Module, example: Tensor, path: Path, *, dynamic: Sequen
         raise ExportError(f"{type(model).__name__} does not export: {_first_line(error)}") from error
     os.replace(temporary, path)
     return structure
+
+
+def keeps_size(model: nn.Module) -> bool:
+    """Whether a part of the model says that its exported file takes images of the example's height and width only."""
+    return any(getattr(part, "one_size_in_files", False) for part in model.modules())
 
 
 def _first_line(error: BaseException) -> str:
@@ -225,6 +232,8 @@ def export_model(
 ) -> ExportReport:
     """Export a model, run the file at two sizes, score it, and optionally do the same for an int8 form.
 
+    Where the model ``keeps_size``, the two are two batch sizes.
+
     A detector is also written with its decoding, as ``DetectorWithDecoding``; the gap of that file is one of pixels.
 
     Args:
@@ -244,9 +253,10 @@ def export_model(
     model = model.eval()
     try:
         path = Path(out) / f"{name}.onnx"
-        example = _roomy(model, samples[:2])
+        example = samples[:2] if keeps_size(model) else _roomy(model, samples[:2])
         structure = write_onnx(model, example, path)
-        second = _other_size(samples) if second is None else second
+        if second is None:
+            second = samples[:-1] if keeps_size(model) else _other_size(samples)
         shapes = [samples, second]
         onnx = _file_report(model, path, structure, shapes, score)
         with torch.no_grad():

@@ -10,6 +10,18 @@ from torch import Tensor, nn
 from torchive.nn.passes import trial_pass
 from torchive.protocols import Backbone, Level
 
+#: What makes timm's transformers take images of any size, by the module that defines them. Windows and patches that a
+#: size does not fill are padded; Swin wants sides that its patch of 4 divides.
+_SWIN, _VIT = {"strict_img_size": False}, {"dynamic_img_size": True, "dynamic_img_pad": True}
+ANY_SIZE = {
+    "swin_transformer": _SWIN,
+    "swin_transformer_v2": _SWIN,
+    "swin_transformer_v2_cr": _SWIN,
+    "vision_transformer": _VIT,
+    "deit": _VIT,
+    "eva": _VIT,
+}
+
 
 def build_network(name: str, *, num_classes: int, in_channels: int = 3, **options: Any) -> nn.Module:
     """A classifier of another library, (N, in_channels, H, W) to (N, num_classes).
@@ -35,7 +47,8 @@ def build_features(
 ) -> nn.Module:
     """A backbone by name, or the backbone given, with ``levels`` telling channels and stride of each map.
 
-    ``options`` are further arguments of a named timm network, such as ``output_stride``.
+    ``options`` are further arguments of a named timm network, such as ``output_stride``. Vision and Swin transformers
+    take images of any size; timm's others may keep to that of their name.
 
     Raises:
         ValueError: as ``build_network``, or a module without ``levels``.
@@ -52,17 +65,24 @@ def build_features(
 
         if out_indices is not None:
             options["out_indices"] = out_indices
-        return _TimmFeatures(timm.create_model(model, features_only=True, in_chans=in_channels, **options))
+        family = timm.models.model_entrypoint(model).__module__.rpartition(".")[2]
+        options = {**ANY_SIZE.get(family, {}), **options}
+        network = timm.create_model(model, features_only=True, in_chans=in_channels, **options)
+        return _TimmFeatures(network, one_size_in_files=family.startswith("swin"))
     network = build_network(name, num_classes=1, in_channels=in_channels, **options)
     return _TorchvisionFeatures(network, out_indices)
 
 
 class _TimmFeatures(nn.Module):
-    """timm's ``features_only`` network under the backbone contract."""
+    """timm's ``features_only`` network under the backbone contract.
 
-    def __init__(self, network: nn.Module) -> None:
+    ``one_size_in_files``: an exported file keeps the example's height and width. How many windows of Swin fill sides
+    that are not known is an expression that no tracer has solved within minutes.
+    """
+
+    def __init__(self, network: nn.Module, *, one_size_in_files: bool = False) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.one_size_in_files = network, one_size_in_files
         info: Any = network.feature_info
         self.levels = tuple(Level(c, s) for c, s in zip(info.channels(), info.reduction(), strict=True))
         self.channels_last = getattr(network, "output_fmt", None) == "NHWC"  # Swin's maps

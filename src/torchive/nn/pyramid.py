@@ -67,7 +67,8 @@ class Pyramid(nn.Module):
         backbone: ``timm/NAME``, ``torchvision/NAME`` or a module with ``levels``.
         in_channels: C, for a named backbone.
         channels: of every map.
-        finest: stride of the finest map that is taken; 4 for regions, 8 for dense detectors.
+        finest: stride of the finest map that is taken; 4 for regions, 8 for dense detectors. Of maps of one stride,
+            as a vision transformer's are, the last is taken.
         top: what stands on the coarsest map: "pool", one map of every other cell, as for region proposals;
             "convolutions", two maps by convolutions of stride 2, as for dense detectors; or "none".
 
@@ -89,7 +90,8 @@ class Pyramid(nn.Module):
             raise ValueError(f"top must be pool, convolutions or none, got {top!r}")
         self.body = build_features(backbone, in_channels=in_channels)
         levels: Sequence[Level] = self.body.levels  # type: ignore[assignment]
-        self.kept = [k for k, level in enumerate(levels) if level.stride >= finest]
+        last = {level.stride: k for k, level in enumerate(levels) if level.stride >= finest}
+        self.kept = list(last.values())
         if not self.kept:
             raise ValueError(
                 f"a pyramid needs a map of stride {finest} or more, the strides are {[v.stride for v in levels]}"
