@@ -253,10 +253,9 @@ def export_model(
     model = model.eval()
     try:
         path = Path(out) / f"{name}.onnx"
-        example = samples[:2] if keeps_size(model) else _roomy(model, samples[:2])
+        example = _roomy(model, samples[:2])
         structure = write_onnx(model, example, path)
-        if second is None:
-            second = samples[:-1] if keeps_size(model) else _other_size(samples)
+        second = _other_size(model, samples) if second is None else second
         shapes = [samples, second]
         onnx = _file_report(model, path, structure, shapes, score)
         with torch.no_grad():
@@ -305,7 +304,12 @@ def with_forward(model: nn.Module, forward: Callable[..., Any]) -> nn.Module:
 
 
 def _roomy(model: nn.Module, samples: Tensor) -> Tensor:
-    """Samples on which no map of a pyramid is one cell high or wide: an exported file would keep it so at any size."""
+    """Samples on which no map of a pyramid is one cell high or wide: an exported file would keep it so at any size.
+
+    They stay as they are where the model ``keeps_size``.
+    """
+    if keeps_size(model):
+        return samples
     backbone, least = getattr(model, "backbone", None), getattr(model, "least_side", None)
     if least is None:
         least = 2 * max(level.stride for level in backbone.levels) if isinstance(backbone, Pyramid) else 1
@@ -313,8 +317,10 @@ def _roomy(model: nn.Module, samples: Tensor) -> Tensor:
     return samples if size == list(samples.shape[2:]) else nn.functional.interpolate(samples, size=size)
 
 
-def _other_size(samples: Tensor) -> Tensor:
-    """One sample fewer, half as large again in every image axis."""
+def _other_size(model: nn.Module, samples: Tensor) -> Tensor:
+    """One sample fewer, half as large again in every image axis unless the model ``keeps_size``."""
+    if keeps_size(model):
+        return samples[:-1]
     size = [side + side // 2 for side in samples.shape[2:]]
     return nn.functional.interpolate(samples[:-1], size=size)
 

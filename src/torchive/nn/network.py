@@ -66,9 +66,9 @@ def build_features(
         if out_indices is not None:
             options["out_indices"] = out_indices
         family = timm.models.model_entrypoint(model).__module__.rpartition(".")[2]
-        options = {**ANY_SIZE.get(family, {}), **options}
-        network = timm.create_model(model, features_only=True, in_chans=in_channels, **options)
-        return _TimmFeatures(network, one_size_in_files=family.startswith("swin"))
+        freed = ANY_SIZE.get(family, {})
+        network = timm.create_model(model, features_only=True, in_chans=in_channels, **{**freed, **options})
+        return _TimmFeatures(network, one_size_in_files=freed is _SWIN)
     network = build_network(name, num_classes=1, in_channels=in_channels, **options)
     return _TorchvisionFeatures(network, out_indices)
 
