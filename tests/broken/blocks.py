@@ -89,6 +89,11 @@ class HasADeadParameter(SoundBlock):
         self.unused = nn.Parameter(torch.ones(C))
 
 
+class MakesARampOnTheCpu(SoundBlock):
+    def body(self, x: Tensor) -> Tensor:
+        return super().body(x) + torch.linspace(0, 1, x.shape[3]).to(x.dtype)
+
+
 class IsCutByDetach(SoundBlock):
     def body(self, x: Tensor) -> Tensor:
         return super().body(x.detach())
@@ -321,9 +326,10 @@ BROKEN: tuple[Case, ...] = (
     case(DependsOnTheFirstRow, "block", "batch_independence row_order nan_stays", **BLOCK),
     case(MutatesItsInput, "block", "input_unchanged", **BLOCK),
     case(HidesAConstant, "block", "moves", **BLOCK),
-    case(ForgetsABuffer, "block", "moves state_dict", **BLOCK),
+    case(ForgetsABuffer, "block", "moves state_dict other_device", **BLOCK),
     case(LeavesStateOutOfTheStateDict, "block", "state_dict", **BLOCK),
     case(HasADeadParameter, "block", "parameter_gradients", **BLOCK),
+    case(MakesARampOnTheCpu, "block", "meta_device other_device", **BLOCK),
     case(IsCutByDetach, "block", "input_gradient gradcheck", **BLOCK),
     case(HasAWrongGradient, "block", "gradcheck", **BLOCK),
     case(ClimbsInsteadOfDescending, "block", "gradcheck learns", **BLOCK),

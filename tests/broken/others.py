@@ -66,7 +66,7 @@ class IsBelowZero(PlainLoss):
 
 class WeighsByPosition(PlainLoss):
     def each(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return super().each(prediction, target) * torch.arange(1, len(target) + 1)
+        return super().each(prediction, target) * torch.arange(1, len(target) + 1, device=target.device)
 
 
 class Overflows(PlainLoss):
@@ -191,7 +191,7 @@ class SoundProcedure(nn.Module):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         a, b = (F.normalize(self.head(self.network(view)), dim=1) for view in batch.inputs.unbind(1))
-        return {"loss": F.cross_entropy(a @ b.T / 0.1, torch.arange(len(a)))}
+        return {"loss": F.cross_entropy(a @ b.T / 0.1, torch.arange(len(a), device=a.device))}
 
     def deployable(self) -> nn.Module:
         return self.network
@@ -214,7 +214,7 @@ class SoundExplanation:
         with torch.enable_grad():
             x = inputs.detach().clone().requires_grad_()
             scores = model(x)
-            index = scores.argmax(1) if target is None else torch.as_tensor(target).expand(len(x))
+            index = scores.argmax(1) if target is None else torch.as_tensor(target, device=x.device).expand(len(x))
             value = scores.gather(1, index[:, None]).sum()
             return self.gradient(value, x, model).abs().amax(1, keepdim=True)
 
@@ -227,6 +227,11 @@ class WritesIntoGradients(SoundExplanation):
         value.backward()
         assert x.grad is not None
         return x.grad
+
+
+class WeighsOnTheCpu(SoundExplanation):
+    def gradient(self, value: Tensor, x: Tensor, model: nn.Module) -> Tensor:
+        return super().gradient(value, x, model) * torch.ones(x.shape)
 
 
 class LeavesAHook(SoundExplanation):
@@ -328,6 +333,7 @@ BROKEN: tuple[Case, ...] = (
     case(SharesAPlayer, "two_players", "players", **PLAY),
     case(DeploysAnUntrainedCopy, "procedure", "deployable", **VIEWS),
     case(WritesIntoGradients, "explanation", "model_untouched", **PLAY),
+    case(WeighsOnTheCpu, "explanation", "other_device", **PLAY),
     case(LeavesAHook, "explanation", "model_untouched", **PLAY),
     case(ExplainsAtHalfSize, "explanation", "explains", **PLAY),
     case(MergesWrongly, "metric", "merges", **LOSS),

@@ -26,11 +26,15 @@ arguments of ``check``:
 - ``learn``: ``lr``, ``steps`` and ``ratio`` of the learning check; ``dynamic`` and ``export_inputs``: how a detector
   exports.
 
+``PretendedDevice`` is a context in which a GPU is there for Python code, on a machine without one; the check
+``other_device`` uses it, and so can your own test.
+
 An exemption (check -> reason) is run, and fails the suite when it is no longer needed. All numbers are drawn on the CPU
 from fixed seeds; tolerances stand in one table by type, ``torchive.testing.tree.TOLERANCES``.
 """
 
 from torchive.testing.checks import CHECKS, Check, checks_of
+from torchive.testing.pretend import PretendedDevice
 from torchive.testing.report import ConformanceError, NotApplicableError, Report, Row
 from torchive.testing.running import built_methods, check, check_method, run, run_one, subject_of
 from torchive.testing.subject import Subject
@@ -40,6 +44,7 @@ __all__ = [
     "Check",
     "ConformanceError",
     "NotApplicableError",
+    "PretendedDevice",
     "Report",
     "Row",
     "Subject",

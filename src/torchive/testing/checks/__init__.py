@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torchive.testing.checks import batches, building, calling, cards, exporting, gradients, layouts, losses, others
+from torchive.testing.checks import (
+    batches,
+    building,
+    calling,
+    cards,
+    devices,
+    exporting,
+    gradients,
+    layouts,
+    losses,
+    others,
+)
 from torchive.testing.subject import Subject
 
 
@@ -76,6 +87,7 @@ CHECKS: tuple[Check, ...] = (
     Check("gradcheck", gradients.gradcheck, NETWORKS | PARTS),
     Check("state_dict", building.state_dict, MODULES),
     Check("moves", building.moves, MODULES),
+    Check("other_device", devices.other_device, MODULES | frozenset({"explanation", "metric"})),
     Check("bfloat16", layouts.bfloat16, MODULES),
     Check("channels_last", layouts.channels_last, NETWORKS | frozenset({"procedure"})),
     Check("non_contiguous", layouts.non_contiguous, NETWORKS | PARTS),
