@@ -19,14 +19,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-_CPU = torch.device("cpu")
 _MARK = "_torchive_place"
-_PLACE = Tensor.device.__get__
-_IS = {kind: getattr(Tensor, f"is_{kind}").__get__ for kind in ("cpu", "cuda")}
-_TO_NUMPY = (Tensor.numpy, Tensor.__array__)
 #: Calls that may read one device and write another, or that only ask about their tensors.
-_ACROSS = frozenset({"copy_", "_foreach_copy_", "__set__", "is_same_size", "_has_compatible_shallow_copy_type"})
-_INDEXING = frozenset({"__getitem__", "__setitem__", "index_put", "index_put_"})
+_ACROSS = {"copy_", "_foreach_copy_", "__set__", "is_same_size", "_has_compatible_shallow_copy_type"}
+_INDEXING = {"__getitem__", "__setitem__", "index_put", "index_put_"}
 
 
 class PretendedDevice(TorchFunctionMode):
@@ -48,6 +44,7 @@ class PretendedDevice(TorchFunctionMode):
         super().__init__()
         device = torch.device(name)
         self.device = torch.device(device.type, device.index or 0)
+        self.cpu = torch.device("cpu")
 
     def __torch_function__(
         self,
@@ -58,15 +55,15 @@ class PretendedDevice(TorchFunctionMode):
     ) -> Any:
         """Answer for the device, or let the CPU do it and note where the result lies."""
         named = dict(kwargs or {})
-        if func == _PLACE:
-            return self._place(args[0]) or _PLACE(args[0])
-        for kind, ask in _IS.items():
-            if func == ask:
-                return (self._place(args[0]) or _PLACE(args[0])).type == kind
-        if func in _TO_NUMPY and self._place(args[0]) == self.device:
+        asked = getattr(func, "__self__", None)  # of an attribute's getter
+        if asked is Tensor.device:
+            return self._place(args[0]) or args[0].device
+        if asked is Tensor.is_cuda or asked is Tensor.is_cpu:
+            return (self._place(args[0]) or args[0].device).type == ("cuda" if asked is Tensor.is_cuda else "cpu")
+        if func in (Tensor.numpy, Tensor.__array__) and self._place(args[0]) == self.device:
             raise TypeError(f"a tensor on {self.device} cannot become an array; call .cpu() first")
         if func in (Tensor.cpu, Tensor.cuda):
-            return self._moved(args[0], (_CPU if func is Tensor.cpu else self.device,), {})
+            return self._moved(args[0], (self.cpu if func is Tensor.cpu else self.device,), {})
         if func is Tensor.to:
             return self._moved(args[0], args[1:], named)
         return self._called(func, args, named)
@@ -75,7 +72,7 @@ class PretendedDevice(TorchFunctionMode):
         wanted = None
         if named.get("device") is not None:
             wanted = self._device(named["device"])
-            named["device"] = _CPU if wanted == self.device else wanted
+            named["device"] = self.cpu if wanted == self.device else wanted
         given = [leaf for leaf in tree_leaves((args, named)) if isinstance(leaf, Tensor)]
         places = [self._place(tensor) for tensor in given]
         here = self.device in places
@@ -83,22 +80,24 @@ class PretendedDevice(TorchFunctionMode):
         if here:
             self._refuse_mixed(name, given, places)
         generator = named.get("generator")
-        if isinstance(generator, torch.Generator) and (wanted or (self.device if here else _CPU)) == self.device:
+        if isinstance(generator, torch.Generator) and (wanted or (self.device if here else self.cpu)) == self.device:
             raise RuntimeError(f"{name}: draws on {self.device} by a generator of {generator.device}")
         result = func(*args, **named)
         if name == "__set__" and len(given) == 2:  # `parameter.data = other` takes the other's place
             _mark(given[:1], places[1])
         if wanted is None:
             known = [place for place in places if place is not None]
-            wanted = self.device if here else (known[0] if known else None if given else _CPU)
+            wanted = self.device if here else (known[0] if known else None if given else self.cpu)
         _mark([t for t in tree_leaves(result) if isinstance(t, Tensor) and self._place(t) is None], wanted)
         return result
 
     def _refuse_mixed(self, name: str, given: Sequence[Tensor], places: Sequence[torch.device | None]) -> None:
         if name in _ACROSS:
             return
-        strangers = [t for t, place in zip(given, places, strict=True) if place == _CPU and t.ndim]
-        if name in _INDEXING and places[0] != _CPU:  # indices may come from the CPU, values put in by tensors may not
+        strangers = [t for t, place in zip(given, places, strict=True) if place == self.cpu and t.ndim]
+        if (
+            name in _INDEXING and places[0] != self.cpu
+        ):  # indices may come from the CPU, values put in by tensors may not
             put = len(given) > 2 and "get" not in name
             strangers = [t for t in strangers if put and t is given[-1]]
         if strangers:
@@ -111,17 +110,17 @@ class PretendedDevice(TorchFunctionMode):
         words: list[Any] = []
         for value in (*rest, *(named[key] for key in ("device", "other") if key in named)):
             if isinstance(value, Tensor):
-                wanted = self._place(value) or _PLACE(value)
+                wanted = self._place(value) or value.device
                 words.append(value)
             elif isinstance(value, str | torch.device) or type(value) is int:
                 wanted = self._device(value)
-                words.append(_CPU if wanted == self.device else wanted)
+                words.append(self.cpu if wanted == self.device else wanted)
             else:
                 words.append(value)
         others = {key: value for key, value in named.items() if key not in ("device", "other")}
         before = self._place(tensor)
         result = tensor.to(*words, **others)
-        if result is tensor and wanted is not None and wanted != (before or _CPU):
+        if result is tensor and wanted is not None and wanted != (before or self.cpu):
             result = tensor.clone()
         _mark([result], wanted or before)
         return result
@@ -130,12 +129,11 @@ class PretendedDevice(TorchFunctionMode):
         device = torch.device(self.device.type, value) if type(value) is int else torch.device(value)
         return self.device if device.type == self.device.type else device
 
-    @staticmethod
-    def _place(tensor: Tensor) -> torch.device | None:
+    def _place(self, tensor: Tensor) -> torch.device | None:
         place = tensor.__dict__.get(_MARK)
         if isinstance(place, torch.device):
             return place
-        return _CPU if isinstance(tensor, nn.Parameter) else None  # its constructor is not seen
+        return self.cpu if isinstance(tensor, nn.Parameter) else None  # its constructor is not seen
 
 
 def _mark(tensors: Sequence[Tensor], place: torch.device | None) -> None:
