@@ -95,9 +95,7 @@ class PretendedDevice(TorchFunctionMode):
         if name in _ACROSS:
             return
         strangers = [t for t, place in zip(given, places, strict=True) if place == self.cpu and t.ndim]
-        if (
-            name in _INDEXING and places[0] != self.cpu
-        ):  # indices may come from the CPU, values put in by tensors may not
+        if name in _INDEXING and places[0] != self.cpu:  # indices may come from the CPU, what they put in may not
             put = len(given) > 2 and "get" not in name
             strangers = [t for t in strangers if put and t is given[-1]]
         if strangers:
