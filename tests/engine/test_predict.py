@@ -150,6 +150,15 @@ def test_drawing_shows_what_is_there(channels: int) -> None:
     assert (both[:, 36:49, 120:190] != plain[:, :1, :1]).any(), "no name above a narrow box"
     crowd = draw_boxes(image, small.expand(40, 4), torch.full((40,), 2), ("a name", "another name"), smallest=1)
     assert (crowd[:, 36:49, 120:190] == plain[:, :1, :1]).all(), "names of many small boxes cover the picture"
+    steps = torch.arange(20)[:, None] * torch.tensor([3.0, 1, 3, 1])
+    many = torch.tensor([[10.0, 60, 90, 90]]) + steps
+    one, all_of_them = (
+        draw_boxes(image, boxes, torch.ones(len(boxes), dtype=torch.int64), ("cat", "dog"), smallest=1)
+        for boxes in (many[:1], many)
+    )
+    written = (slice(None), slice(46, 60), slice(10, 30))
+    assert not torch.equal(one[written], plain[:, :1, :1].expand(3, 14, 20))
+    assert torch.equal(all_of_them[written], one[written]), "a later box's name covers the first one's"
     labels = torch.zeros(100, 200, dtype=torch.int64)
     labels[:, :100] = 1
     tinted = draw_regions(image, labels, ("none", "some"), smallest=1)

@@ -45,7 +45,9 @@ def _same(one: Path, other: Path, file: str = "last.safetensors") -> bool:
 
 
 @pytest.mark.parametrize(("task", "model"), KINDS, ids=lambda v: str(v))
-def test_one_loop_trains_every_contract_and_resumes_bit_for_bit(task: str, model: str | None, tmp_path: Path) -> None:
+def test_one_loop_trains_every_contract_and_resumes_bit_for_bit(
+    task: str, model: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe, samples = toy_recipe(task, model), toy_samples(task)
     before = torch.get_rng_state()
     whole = train(recipe, tmp_path / "whole", samples=samples, progress=False)
@@ -56,7 +58,8 @@ def test_one_loop_trains_every_contract_and_resumes_bit_for_bit(task: str, model
     first = train(recipe, tmp_path / "parts", samples=samples, progress=False, stop_after=3)
     assert first.interrupted
     assert not (tmp_path / "parts" / "model.safetensors").exists()
-    train(recipe, tmp_path / "parts", samples=samples, progress=False, stop_after=7)  # within the second epoch
+    train(recipe, tmp_path / "parts", samples=samples, progress=True, stop_after=7)  # within the second epoch
+    assert "goes on after step 3" in capsys.readouterr().err.replace("\n", "")
     last = train(recipe, tmp_path / "parts", samples=samples, progress=False)
     assert last.steps == 12
     assert _same(tmp_path / "whole", tmp_path / "parts")

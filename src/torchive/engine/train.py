@@ -142,6 +142,8 @@ class _Training:
         )
         for line in counts_in_words(self.samples["train"]) if self.shown and self.main and loop.step == 0 else ():
             bar.say(line)
+        if loop.step:
+            bar.say(f"{self.folder.path}: goes on after step {loop.step}")
         interrupted = False
         with _signals() as stop:
             try:

@@ -20,6 +20,7 @@ from torchive.structures import Classification, Detections, Panoptic, Prediction
 #: Colours that stay apart for colour-blind eyes (Okabe and Ito), then more by the golden angle.
 _FIRST = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167))
 _MANY = 12
+_Place = tuple[float, float, float, float]
 _PAPER, _INK = (250, 250, 250), (25, 25, 25)
 
 
@@ -115,7 +116,8 @@ def draw_boxes(
     """Boxes (L, 4) with labels from 1 and scores, masks (L, H, W) as a tint, key points (L, P, 2) as dots, true boxes
     as thin white lines; categories (H, W) of stuff as a tint with a legend, 0 and 255 stay clear.
 
-    Of many boxes those too small for name and score get the name alone, or nothing, and of one class none gets a score.
+    Of many boxes those too small for name and score get the name alone, or nothing, and so do those whose words would
+    cover those of a better one; of one class none gets a score.
     """
     picture, scale = _enlarged(image, smallest)
     picture, legend = (picture, []) if stuff is None else _with_regions(picture, stuff, classes, first=1)
@@ -128,20 +130,26 @@ def draw_boxes(
     for box in [] if truth is None else (truth * scale).tolist():
         draw.rectangle(box, outline=(255, 255, 255), width=max(width // 2, 1))
     font = font_for(" ".join(classes), max(min(picture.size) // 28, 11))
-    order = range(len(boxes)) if scores is None else scores.argsort().tolist()  # the best is drawn last, on top
-    for index in order:
+    best_first = list(range(len(boxes))) if scores is None else scores.argsort(descending=True).tolist()
+    for index in reversed(best_first):
         box, label = (boxes[index] * scale).tolist(), int(labels[index])
         draw.rectangle(box, outline=colour(label - 1), width=width)
         for x, y in [] if keypoints is None else (keypoints[index] * scale).tolist():
             if x or y:  # zeros: this class has no such point
                 draw.ellipse((x - width, y - width, x + width, y + width), fill=colour(label - 1))
+    taken: list[_Place] = []
+    for index in reversed(best_first) if len(boxes) <= _MANY else best_first:
+        box, label = (boxes[index] * scale).tolist(), int(labels[index])
         name = [] if len(classes) == 1 else [_name(classes, label - 1)]
         score = [] if scores is None or (not name and len(boxes) > _MANY) else [f"{float(scores[index]):.2f}"]
         room = picture.width if len(boxes) <= _MANY else 1.3 * (box[2] - box[0])
         for words in (" ".join([*name, *score]), "".join(name)):
             if words and font.getlength(words) <= room:
-                _tag(draw, box, words, colour(label - 1), font)
-                break
+                place = _tag_place(draw, box, words, font)
+                if len(boxes) <= _MANY or not any(_meet(place, other) for other in taken):
+                    _tag(draw, place, words, colour(label - 1), font)
+                    taken.append(place)
+                    break
     count = f"{classes[0] if len(classes) == 1 else 'objects'}: {len(boxes)}"
     return _array(_banner(picture, [(count, None), *legend]))
 
@@ -260,12 +268,22 @@ def _fitting(text: str, size: int, width: int) -> str:
     return text + "…"
 
 
-def _tag(draw: ImageDraw.ImageDraw, box: Sequence[float], text: str, tint: tuple[int, int, int], font: Any) -> None:
-    """The label on its colour above the box, or inside where there is no room."""
+def _tag_place(draw: ImageDraw.ImageDraw, box: Sequence[float], text: str, font: Any) -> _Place:
+    """Left, top, right and bottom of a label above the box, or inside where there is no room."""
     width, height = font.getlength(text) + 4, font.size + 3
     left = max(min(box[0], draw.im.size[0] - width), 0.0)
     top = box[1] - height if box[1] >= height else box[1]
-    draw.rectangle((left, top, left + width, top + height), fill=tint)
+    return left, top, left + width, top + height
+
+
+def _meet(one: _Place, other: _Place) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _tag(draw: ImageDraw.ImageDraw, place: _Place, text: str, tint: tuple[int, int, int], font: Any) -> None:
+    """The label on its colour."""
+    left, top = place[:2]
+    draw.rectangle(place, fill=tint)
     bright = 0.3 * tint[0] + 0.59 * tint[1] + 0.11 * tint[2] > 130
     draw.text((left + 2, top), text, fill=_INK if bright else _PAPER, font=font)
 
