@@ -19,7 +19,7 @@ from torchive.engine import compare as compare_module
 from torchive.engine.arms import ComparisonError, make_arms, pair_models, with_budget
 from torchive.engine.build import build_model, fill_recipe, open_split
 from torchive.engine.compare import compare, curves_of
-from torchive.engine.comparison import Comparison
+from torchive.engine.comparison import Comparison, _place_of
 from torchive.engine.cost import measure_costs
 from torchive.engine.dial import parse_dial
 from torchive.engine.recipe import RecipeError, load_recipe
@@ -395,3 +395,18 @@ def test_several_processes_are_refused(run: Callable[..., Comparison], monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ComparisonError, match="one process"):
         run()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("coco:/d/cells/annotations.json,/d/cells/images/", "cells"),
+        ("coco:cells/annotations/train.json,cells/images", "cells"),
+        ("coco:cells.json,images/", "cells"),
+        ("folder:my_images/", "my_images"),
+        ("csv:a/labels.csv", "labels.csv"),
+        ("/d/x/", "x"),
+    ],
+)
+def test_a_source_of_files_is_called_by_its_folder(source: str, name: str) -> None:
+    assert _place_of(source) == name

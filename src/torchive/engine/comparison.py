@@ -266,10 +266,9 @@ def data_record(recipe: Recipe, samples: Mapping[str, SampleSet]) -> dict[str, A
 
     first = samples["train"]
     info = SAMPLE_SETS.get(first.name)
-    name = first.name if info else first.name.rstrip("/").replace(":", "/").rpartition("/")[2] or first.name
     return {
         "source": recipe.data.source,
-        "name": name,
+        "name": first.name if info else _place_of(first.name),
         "task": first.task,
         "classes": list(first.classes),
         "licence": first.licence,
@@ -282,6 +281,16 @@ def data_record(recipe: Recipe, samples: Mapping[str, SampleSet]) -> dict[str, A
             for fault in s.left_out
         ],
     }
+
+
+def _place_of(source: str) -> str:
+    """What people call a source of files: its folder; of annotations with a folder of images, where the annotations are."""
+    kind, colon, paths = source.partition(":")
+    path, several, _ = (paths if colon else source).partition(",")
+    if several:
+        above = [part for part in Path(path).parts[:-1] if part not in ("annotations", "..", "/")]
+        path = above[-1] if above else Path(path).stem
+    return path.rstrip("/").rpartition("/")[2] or source
 
 
 def environment_record(samples: Mapping[str, SampleSet], recipe: Recipe) -> dict[str, Any]:
