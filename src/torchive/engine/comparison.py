@@ -284,12 +284,13 @@ def data_record(recipe: Recipe, samples: Mapping[str, SampleSet]) -> dict[str, A
 
 
 def _place_of(source: str) -> str:
-    """What people call a source of files: its folder; of annotations with a folder of images, where the annotations are."""
-    kind, colon, paths = source.partition(":")
-    path, several, _ = (paths if colon else source).partition(",")
+    """What people call a source of files: its folder; of annotations beside images, the folder of the annotations."""
+    path, several, _ = source.partition(":")[2].partition(",")
     if several:
         above = [part for part in Path(path).parts[:-1] if part not in ("annotations", "..", "/")]
         path = above[-1] if above else Path(path).stem
+    else:
+        path = source.rpartition(":")[2]
     return path.rstrip("/").rpartition("/")[2] or source
 
 
