@@ -49,9 +49,9 @@ def spread(model: nn.Module) -> nn.Module:
 
 
 def few(model: nn.Module, raw: dict[str, torch.Tensor], size: tuple[int, int]) -> float:
-    """The threshold that lets 300 pairs of box and class of a batch through."""
+    """A threshold that lets 300 pairs of box and class of a batch through, midway to the next: none lies on it."""
     scores = model.scored_boxes(raw, size)[1].flatten()  # type: ignore[operator]
-    found = float(scores.topk(300).values[-1])
+    found = float(scores.topk(301).values[-2:].mean())
     return found**2 if "centerness" in raw else found
 
 
