@@ -392,5 +392,6 @@ def test_are_small_parts_lost_to_the_loss_or_to_the_network(capsys):
             eye[name] += both.item() / 3
     with capsys.disabled():
         print({name: round(value, 3) for name, value in eye.items()})
-    assert max(eye["fcn"], eye["pan"]) < 0.1
+    assert eye["fcn"] < 0.1
+    assert eye["pan, balanced"] > eye["pan"] + 0.2  # unweighed 0 or 0.16, by the processor's rounding
     assert eye["pan, balanced"] > eye["fcn, balanced"] + 0.1
