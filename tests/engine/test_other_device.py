@@ -9,20 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tests.engine.toys import toy_recipe, toy_samples
+from tests.engine.toys import KINDS, toy_recipe, toy_samples
 
 from torchive.engine.evaluate import score_run
 from torchive.engine.predict import predict
 from torchive.engine.train import train
 from torchive.testing import PretendedDevice
-
-KINDS = [
-    ("classification", None),
-    ("detection", None),
-    ("segmentation", None),
-    ("selfsupervised", None),
-    ("classification", "two players"),
-]
 
 
 @pytest.mark.parametrize(("task", "model"), KINDS, ids=lambda v: str(v))

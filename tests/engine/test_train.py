@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.engine.toys import ToyContrast, ToySet, toy_recipe, toy_samples, train_toy
+from tests.engine.toys import KINDS, ToyContrast, ToySet, toy_recipe, toy_samples, train_toy
 from torch import nn
 
 from torchive.data import collate
@@ -30,13 +30,6 @@ from torchive.engine.train import train
 from torchive.structures import Batch, Sample
 
 ROOT = Path(__file__).parents[2]
-KINDS = [
-    ("classification", None),
-    ("detection", None),
-    ("segmentation", None),
-    ("selfsupervised", None),
-    ("classification", "two players"),
-]
 
 
 def _same(one: Path, other: Path, file: str = "last.safetensors") -> bool:

@@ -70,6 +70,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "two players": {"class_path": "tests.engine.toys.ToyGame"},
 }
 
+#: A task and a model of each contract that the loop trains.
+KINDS: list[tuple[str, str | None]] = [
+    ("classification", None),
+    ("detection", None),
+    ("segmentation", None),
+    ("selfsupervised", None),
+    ("classification", "two players"),
+]
+
 
 def toy_recipe(task: str = "classification", model: str | None = None, **sections: dict[str, Any]) -> Recipe:
     """A recipe of a few steps on a toy set."""
