@@ -72,7 +72,9 @@ def test_a_part_may_keep_the_size_of_its_file(tmp_path: Path) -> None:
     report = export_model(model, tmp_path, inputs)
     assert report.onnx.gap < GAP
     assert list(report.onnx.gaps) == ["4x3x16x12", "3x3x16x12"]
-    (taken,) = OnnxModel(tmp_path / "model.onnx").session.get_inputs()
+    file = OnnxModel(tmp_path / "model.onnx")
+    assert torch.equal(file(inputs, None)[0], file(inputs, condition=None)[0]), "what is None is left out"
+    (taken,) = file.session.get_inputs()
     assert taken.shape[1:] == [3, 16, 12]
     assert isinstance(taken.shape[0], str), "the batch stays free"
 

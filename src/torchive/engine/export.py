@@ -76,7 +76,8 @@ def _scores(score: dict[str, float]) -> str:
 class OnnxModel:
     """An ONNX file as a callable: image tensors in, what the model's ``forward`` returns out.
 
-    A list of images is taken as a batch, so they must be of one size; an argument that is None is left out.
+    A list of images is taken as a batch, so they must be of one size; an argument that is None is left out, also where
+    it is named.
 
     Args:
         path: the file.
@@ -94,9 +95,10 @@ class OnnxModel:
         self.names = [node.name for node in self.session.get_inputs()]
         self.calls = 0
 
-    def __call__(self, *inputs: Tensor | Sequence[Tensor] | None) -> Any:
+    def __call__(self, *inputs: Tensor | Sequence[Tensor] | None, **named: Tensor | None) -> Any:
         self.calls += 1
-        tensors = [v if isinstance(v, Tensor) else torch.stack(tuple(v)) for v in inputs if v is not None]
+        given = [value for value in (*inputs, *named.values()) if value is not None]
+        tensors = [v if isinstance(v, Tensor) else torch.stack(tuple(v)) for v in given]
         arrays = [value.detach().cpu().contiguous().numpy() for value in tensors]
         outputs = [torch.from_numpy(a) for a in self.session.run(None, dict(zip(self.names, arrays, strict=True)))]
         return outputs if self.structure is None else pytree.tree_unflatten(outputs, self.structure)

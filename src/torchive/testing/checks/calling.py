@@ -95,14 +95,22 @@ def levels(subject: Subject) -> None:
 def predict_contract(subject: Subject) -> None:
     """``predict`` returns one structure per image, with values in their ranges, and reads them from ``forward``."""
     module, inputs = subject.evaluated(), subject.inputs()
-    calls: list[nn.Module] = []
-    handle = module.register_forward_hook(lambda called, _inputs, _output: calls.append(called))
+    calls: list[tuple[Any, ...]] = []
+
+    def note(_called: nn.Module, args: tuple[Any, ...], named: dict[str, Any], _output: Any) -> None:
+        calls.append((*args, *named.values()))
+
+    handle = module.register_forward_hook(note, with_kwargs=True)
     try:
         with torch.no_grad():
             found = module.predict(*inputs)
     finally:
         handle.remove()
     assert calls, "predict does not call forward, so that no exported file can stand in its place"
+    given = max(sum(value is not None for value in call) for call in calls)
+    assert given <= len(inputs), (
+        f"predict gives forward {given} arguments for {len(inputs)}; an exported file has no more"
+    )
     images = inputs[0]
     assert len(found) == len(images), f"{len(found)} predictions for {len(images)} images"
     wanted = {"classification": Classification, "detection": Detections, "segmentation": Segmentation}.get(module.task)
