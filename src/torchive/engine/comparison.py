@@ -285,13 +285,11 @@ def data_record(recipe: Recipe, samples: Mapping[str, SampleSet]) -> dict[str, A
 
 def _place_of(source: str) -> str:
     """What people call a source of files: its folder; of annotations beside images, the folder of the annotations."""
-    path, several, _ = source.partition(":")[2].partition(",")
-    if several:
-        above = [part for part in Path(path).parts[:-1] if part not in ("annotations", "..", "/")]
-        path = above[-1] if above else Path(path).stem
-    else:
-        path = source.rpartition(":")[2]
-    return path.rstrip("/").rpartition("/")[2] or source
+    path, images, _ = source.rpartition(":")[2].partition(",")
+    if not images:
+        return Path(path).name or source
+    above = [part for part in Path(path).parts[:-1] if part not in ("annotations", "..", "/")]
+    return above[-1] if above else Path(path).stem
 
 
 def environment_record(samples: Mapping[str, SampleSet], recipe: Recipe) -> dict[str, Any]:

@@ -131,23 +131,23 @@ def draw_boxes(
         draw.rectangle(box, outline=(255, 255, 255), width=max(width // 2, 1))
     font = font_for(" ".join(classes), max(min(picture.size) // 28, 11))
     best_first = list(range(len(boxes))) if scores is None else scores.argsort(descending=True).tolist()
+    crowded, corners, tints = len(boxes) > _MANY, (boxes * scale).tolist(), [colour(k - 1) for k in labels.tolist()]
     for index in reversed(best_first):
-        box, label = (boxes[index] * scale).tolist(), int(labels[index])
-        draw.rectangle(box, outline=colour(label - 1), width=width)
+        draw.rectangle(corners[index], outline=tints[index], width=width)
         for x, y in [] if keypoints is None else (keypoints[index] * scale).tolist():
             if x or y:  # zeros: this class has no such point
-                draw.ellipse((x - width, y - width, x + width, y + width), fill=colour(label - 1))
+                draw.ellipse((x - width, y - width, x + width, y + width), fill=tints[index])
     taken: list[_Place] = []
-    for index in reversed(best_first) if len(boxes) <= _MANY else best_first:
-        box, label = (boxes[index] * scale).tolist(), int(labels[index])
-        name = [] if len(classes) == 1 else [_name(classes, label - 1)]
-        score = [] if scores is None or (not name and len(boxes) > _MANY) else [f"{float(scores[index]):.2f}"]
-        room = picture.width if len(boxes) <= _MANY else 1.3 * (box[2] - box[0])
+    for index in best_first if crowded else reversed(best_first):
+        box = corners[index]
+        name = [] if len(classes) == 1 else [_name(classes, int(labels[index]) - 1)]
+        score = [] if scores is None or (not name and crowded) else [f"{float(scores[index]):.2f}"]
+        room = 1.3 * (box[2] - box[0]) if crowded else picture.width
         for words in (" ".join([*name, *score]), "".join(name)):
             if words and font.getlength(words) <= room:
                 place = _tag_place(draw, box, words, font)
-                if len(boxes) <= _MANY or not any(_meet(place, other) for other in taken):
-                    _tag(draw, place, words, colour(label - 1), font)
+                if not (crowded and any(_meet(place, other) for other in taken)):
+                    _tag(draw, place, words, tints[index], font)
                     taken.append(place)
                     break
     count = f"{classes[0] if len(classes) == 1 else 'objects'}: {len(boxes)}"
